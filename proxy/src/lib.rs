@@ -1,0 +1,7 @@
+//! A TLS terminator that hands the record layer to the kernel and splices the rest. See ARCHITECTURE.md.
+
+pub mod config;
+pub mod observe;
+pub mod probe;
+pub mod sys;
+pub mod worker;

@@ -1,0 +1,1 @@
+//! The test harness: real servers and clients around the real program.
