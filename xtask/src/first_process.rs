@@ -1,0 +1,66 @@
+//! The guests' first process as a file: `init.rs`, static, built once for each version of its source and kept.
+
+use crate::{cache, process};
+use anyhow::{Context, Result, bail};
+use std::fs;
+use std::path::PathBuf;
+use std::process::Command;
+
+/// Its source, and so what it is named after.
+const SOURCE: [&[u8]; 2] = [include_bytes!("init.rs"), include_bytes!("request.rs")];
+
+/// The static program, built if this version of it has not been built yet.
+pub fn obtain() -> Result<PathBuf> {
+    let place = cache::folder("init")?.join(cache::fingerprint(&SOURCE));
+    if place.exists() {
+        return Ok(place);
+    }
+    let _lock = cache::lock("init")?;
+    if place.exists() {
+        return Ok(place);
+    }
+    let built = static_build(&["--package", "xtask", "--bin", "tlsplice-init", "--no-default-features"])?;
+    let aside = place.with_extension("new");
+    fs::copy(built.join("tlsplice-init"), &aside).context("keep the guests' first process")?;
+    cache::put_in_place(&aside, &place)?;
+    Ok(place)
+}
+
+/// Builds something in release mode, linked statically against glibc; gives the folder that it is in then.
+pub fn static_build(arguments: &[&str]) -> Result<PathBuf> {
+    let target = host_target()?;
+    let mut cargo = Command::new(cargo());
+    cargo.args(["build", "--quiet", "--release", "--target", &target]).args(arguments);
+    // An outer cargo's flags are for what it builds, not for this.
+    cargo.env("RUSTFLAGS", "-C target-feature=+crt-static").env_remove("CARGO_ENCODED_RUSTFLAGS");
+    process::run(cargo.current_dir(workspace()))?;
+    Ok(target_folder().join(target).join("release"))
+}
+
+/// The cargo that runs us, else the one in PATH.
+pub fn cargo() -> PathBuf {
+    std::env::var_os("CARGO").map_or_else(|| "cargo".into(), PathBuf::from)
+}
+
+/// The workspace's folder: the parent of this package's.
+pub fn workspace() -> PathBuf {
+    let package =
+        std::env::var_os("CARGO_MANIFEST_DIR").map_or_else(|| env!("CARGO_MANIFEST_DIR").into(), PathBuf::from);
+    package.parent().map_or_else(|| package.clone(), PathBuf::from)
+}
+
+/// Where cargo puts what it builds.
+pub fn target_folder() -> PathBuf {
+    let named = std::env::var_os("CARGO_TARGET_DIR").map(PathBuf::from);
+    workspace().join(named.unwrap_or_else(|| "target".into()))
+}
+
+/// The triple of this machine, as rustc names it.
+fn host_target() -> Result<String> {
+    let rustc = std::env::var_os("RUSTC").unwrap_or_else(|| "rustc".into());
+    let about = process::text(Command::new(rustc).arg("-vV"))?;
+    match about.lines().find_map(|line| line.strip_prefix("host: ")) {
+        Some(host) => Ok(host.to_owned()),
+        None => bail!("rustc -vV names no host:\n{about}"),
+    }
+}
