@@ -2,6 +2,13 @@
 //!
 //! `Config::parse` (in `config/parse.rs`) is the only way in. Names and units are those of the configuration file.
 
+mod parse;
+mod problem;
+mod section;
+mod value;
+
+pub use problem::{Invalid, Problem};
+
 use std::net::SocketAddr;
 use std::num::NonZeroUsize;
 use std::path::PathBuf;

@@ -4,4 +4,5 @@ pub mod config;
 pub mod observe;
 pub mod probe;
 pub mod sys;
+pub mod tls;
 pub mod worker;

@@ -1,0 +1,324 @@
+//! TOML to `Config`: every key of the contract, its default, and what it may be.
+//!
+//!   text ─▶ toml (recovers from syntax errors) ─▶ sections ─▶ listeners meet their upstreams ─▶ Config
+//!
+//! All problems of a file are reported together, each with line and column. What the contract promises and this
+//! version has not is refused by name, never read and ignored.
+
+use super::problem::{Invalid, Problems, excerpt};
+use super::section::{Read, Section, allowed, because};
+use super::{
+    Config, Limits, Listener, Log, LogFormat, Offload, OffloadAfter, Policy, Server, SpliceMode, Tls, Upstream, value,
+};
+use crate::tls::policy;
+use std::collections::HashMap;
+use std::num::NonZeroUsize;
+use std::ops::Range;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+use toml::de::{DeTable, DeValue};
+
+/// Tables that the file may have, in the order of the contract.
+const SECTIONS: &str = "[server], [tls], [limits], [log], [[listener]], [[upstream]]";
+
+const DRAIN_TIMEOUT: Duration = Duration::from_secs(30);
+const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+const IDLE_TIMEOUT: Duration = Duration::from_secs(3600);
+const CONNECTIONS: u64 = 100_000;
+/// Each connection is two descriptors, and a process has at most 2^20 of them by Linux' own default (fs.nr_open).
+const CONNECTIONS_MAX: u64 = 10_000_000;
+const PIPE_MEMORY_BYTES: u64 = 64 << 20;
+const PIPE_MEMORY_MAX_BYTES: u64 = 1 << 40;
+/// RFC 8446 section 5.5 allows 2^24.5 full records under one AES-GCM key; rustls renews at 2^24, and so do we.
+const RECORDS_PER_KEY_MAX: u64 = 1 << 24;
+/// A handshake or a connect that takes longer only holds a slot.
+const SHORT_TIMEOUTS: std::ops::RangeInclusive<Duration> = Duration::from_millis(1)..=Duration::from_secs(3600);
+const IDLE_TIMEOUTS: std::ops::RangeInclusive<Duration> = Duration::from_millis(1)..=Duration::from_secs(365 * 86_400);
+/// 0 cuts at once.
+const DRAIN_TIMEOUTS: std::ops::RangeInclusive<Duration> = Duration::ZERO..=Duration::from_secs(86_400);
+
+impl Config {
+    /// Reads a configuration; `file` is only named in what is said.
+    ///
+    /// # Errors
+    /// Everything that is wrong with it, with line and column.
+    pub fn parse(file: &Path, text: &str) -> Result<Self, Invalid> {
+        let mut problems = Problems::new(file, text);
+        let (document, syntax) = DeTable::parse_recoverable(text);
+        for error in &syntax {
+            problems.add(error.span().unwrap_or(0..0), error.message().to_owned());
+        }
+        let config = read_document(&mut problems, document.get_ref());
+        match (problems.into_invalid(), config) {
+            (Some(invalid), _) => Err(invalid),
+            (None, config) => Ok(config),
+        }
+    }
+}
+
+fn read_document<'a>(problems: &mut Problems<'_>, document: &'a DeTable<'a>) -> Config {
+    for name in document.keys() {
+        match name.get_ref().as_ref() {
+            "server" | "tls" | "limits" | "log" | "listener" | "upstream" => {}
+            "http" => problems.add_not_built(name.span(), "[http]"),
+            other => problems.add(name.span(), format!("unknown section \"{other}\"; allowed: {SECTIONS}")),
+        }
+    }
+    let server = read_server(section(problems, document, "server"), problems);
+    let tls = read_tls(section(problems, document, "tls"), problems);
+    let limits = read_limits(section(problems, document, "limits"), problems);
+    let log = read_log(section(problems, document, "log"), problems);
+    let upstreams = read_upstreams(problems, document);
+    let listeners = read_listeners(problems, document, &upstreams);
+    Config { server, tls, limits, log, listeners }
+}
+
+/// The table `[name]`; an absent one has no keys.
+fn section<'a>(problems: &mut Problems<'_>, document: &'a DeTable<'a>, name: &str) -> Section<'a> {
+    match document.get(name).map(|value| (value.span(), value.get_ref())) {
+        None => Section::absent(name),
+        Some((span, DeValue::Table(table))) => Section::new(name, table, span),
+        Some((span, _)) => {
+            problems.add(span, format!("{name}: allowed: one table, [{name}]"));
+            Section::absent(name)
+        }
+    }
+}
+
+/// The tables `[[name]]`, in the order of the file.
+fn sections<'a>(problems: &mut Problems<'_>, document: &'a DeTable<'a>, name: &str) -> Vec<Section<'a>> {
+    let Some(value) = document.get(name) else { return Vec::new() };
+    let what = format!("{name}: allowed: tables, each with the head [[{name}]]");
+    let DeValue::Array(items) = value.get_ref() else {
+        problems.add(value.span(), what);
+        return Vec::new();
+    };
+    let mut tables = Vec::with_capacity(items.len());
+    for item in items.iter() {
+        match item.get_ref() {
+            DeValue::Table(table) => tables.push(Section::new(name, table, item.span())),
+            DeValue::String(_)
+            | DeValue::Integer(_)
+            | DeValue::Float(_)
+            | DeValue::Boolean(_)
+            | DeValue::Datetime(_)
+            | DeValue::Array(_) => problems.add(item.span(), what.clone()),
+        }
+    }
+    tables
+}
+
+fn read_server(mut section: Section<'_>, problems: &mut Problems<'_>) -> Server {
+    const SPLICE: &[(&str, SpliceMode)] =
+        &[("auto", SpliceMode::Auto), ("inline", SpliceMode::Inline), ("ring", SpliceMode::Ring)];
+    let cores = std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN);
+    let server = Server {
+        workers: section.take_or(problems, "workers", cores, value::workers),
+        admin: section.take(problems, "admin", value::socket_address).map(|(address, _)| address),
+        drain_timeout: section
+            .take_or(problems, "drain_timeout", DRAIN_TIMEOUT, |v| value::duration(v, DRAIN_TIMEOUTS)),
+        splice: section.take_or(problems, "splice", SpliceMode::Auto, |v| value::word(v, SPLICE, &[])),
+        user: section.take(problems, "user", value::name).map(|(name, _)| name),
+    };
+    section.finish(problems);
+    server
+}
+
+fn read_tls(mut section: Section<'_>, problems: &mut Problems<'_>) -> Tls {
+    let policy = section.take_or(problems, "policy", Policy::APlus, |v| {
+        value::word(v, &[("a-plus", Policy::APlus)], &["modern", "fips", "labs-100"])
+    });
+    let certificates = section.take_some(problems, "certificates", "files or folders in quotes", value::path);
+    let suites = section.take_list(problems, "suites", "cipher suites", |v| {
+        value::text(v, "a cipher suite in quotes").and_then(|name| grade(policy::suite(name)))
+    });
+    let groups = section.take_list(problems, "groups", "key exchange groups", |v| {
+        value::text(v, "a key exchange group in quotes").and_then(|name| grade(policy::group(name)))
+    });
+    let alpn = section.take_list(problems, "alpn", "protocol names", |v| {
+        value::text(v, "a protocol name in quotes").and_then(|name| grade(policy::alpn(name)))
+    });
+    let suites = unique(problems, "tls.suites", suites);
+    if !suites.is_empty()
+        && let Err(why) = policy::choice_of_suites(&suites)
+    {
+        problems.add(section.span_of("suites"), format!("tls.suites: {why}"));
+    }
+    section.not_built(problems, "tickets");
+    // "auto" and "file" would staple; this version staples nothing, so only "off" says what happens.
+    section.take_or(problems, "ocsp", (), |v| value::word(v, &[("off", ())], &["auto", "file"]));
+    let tls = Tls {
+        policy,
+        certificates: certificates.into_iter().map(|(path, _)| path).collect(),
+        suites,
+        groups: unique(problems, "tls.groups", groups),
+        alpn: unique(problems, "tls.alpn", alpn),
+    };
+    section.finish(problems);
+    tls
+}
+
+fn grade<T>(chosen: Result<T, String>) -> Read<T> {
+    chosen.or_else(because)
+}
+
+/// The values of a list in order; a second mention of one is a slip.
+fn unique<T: PartialEq>(problems: &mut Problems<'_>, path: &str, list: Option<Vec<(T, Range<usize>)>>) -> Vec<T> {
+    let mut values = Vec::new();
+    for (value, span) in list.unwrap_or_default() {
+        if values.contains(&value) {
+            let twice = excerpt(problems.text(), span.clone());
+            problems.add(span, format!("{path}: {twice} is named twice"));
+        } else {
+            values.push(value);
+        }
+    }
+    values
+}
+
+fn read_limits(mut section: Section<'_>, problems: &mut Problems<'_>) -> Limits {
+    let short = |problems: &mut Problems<'_>, section: &mut Section<'_>, key, default| {
+        section.take_or(problems, key, default, |v| value::duration(v, SHORT_TIMEOUTS))
+    };
+    let handshake_timeout = short(problems, &mut section, "handshake_timeout", HANDSHAKE_TIMEOUT);
+    let connect_timeout = short(problems, &mut section, "connect_timeout", CONNECT_TIMEOUT);
+    let idle_timeout =
+        section.take_or(problems, "idle_timeout", IDLE_TIMEOUT, |v| value::duration(v, IDLE_TIMEOUTS));
+    let connections =
+        section.take_or(problems, "connections", CONNECTIONS, |v| value::whole(v, 1..=CONNECTIONS_MAX));
+    let pipe_memory_bytes =
+        section.take_or(problems, "pipe_memory", PIPE_MEMORY_BYTES, |v| value::size(v, 0..=PIPE_MEMORY_MAX_BYTES));
+    let records_per_key = section
+        .take_or(problems, "records_per_key", RECORDS_PER_KEY_MAX, |v| value::whole(v, 1..=RECORDS_PER_KEY_MAX));
+    section.finish(problems);
+    Limits {
+        handshake_timeout,
+        connect_timeout,
+        idle_timeout,
+        // Both fit: this program is for 64-bit Linux, and the ranges above end far below.
+        connections: usize::try_from(connections).unwrap_or(usize::MAX),
+        pipe_memory_bytes: usize::try_from(pipe_memory_bytes).unwrap_or(usize::MAX),
+        records_per_key,
+    }
+}
+
+fn read_log(mut section: Section<'_>, problems: &mut Problems<'_>) -> Log {
+    const FORMATS: &[(&str, LogFormat)] = &[("json", LogFormat::Json), ("text", LogFormat::Text)];
+    const LEVELS: &[(&str, tracing::Level)] = &[
+        ("error", tracing::Level::ERROR),
+        ("warn", tracing::Level::WARN),
+        ("info", tracing::Level::INFO),
+        ("debug", tracing::Level::DEBUG),
+        ("trace", tracing::Level::TRACE),
+    ];
+    let log = Log {
+        format: section.take_or(problems, "format", LogFormat::Json, |v| value::word(v, FORMATS, &[])),
+        level: section.take_or(problems, "level", tracing::Level::INFO, |v| value::word(v, LEVELS, &[])),
+    };
+    section.take_or(problems, "client_address", (), |v| value::word(v, &[("full", ())], &["truncated"]));
+    section.finish(problems);
+    log
+}
+
+/// The upstreams by name; a refused one is in it too, so that its listeners are not blamed.
+type Upstreams = HashMap<String, Arc<Upstream>>;
+
+fn read_upstreams<'a>(problems: &mut Problems<'_>, document: &'a DeTable<'a>) -> Upstreams {
+    let mut upstreams = Upstreams::new();
+    for mut section in sections(problems, document, "upstream") {
+        let name = section.take(problems, "name", value::name);
+        if name.is_none() && !section.has("name") {
+            section.missing(problems, "name", "the name that listeners call it by");
+        }
+        let servers = section.take_some(problems, "servers", "server addresses in quotes", value::server_address);
+        section.take_or(problems, "send_proxy", (), |v| value::word(v, &[("off", ())], &["v1", "v2"]));
+        let servers = unique(problems, "upstream.servers", Some(servers));
+        section.finish(problems);
+        if let Some((name, span)) = name {
+            let upstream = Arc::new(Upstream { name: name.clone(), servers });
+            if upstreams.insert(name.clone(), upstream).is_some() {
+                problems.add(span, format!("upstream.name: \"{name}\" is the name of another upstream already"));
+            }
+        }
+    }
+    upstreams
+}
+
+fn read_listeners<'a>(
+    problems: &mut Problems<'_>,
+    document: &'a DeTable<'a>,
+    upstreams: &Upstreams,
+) -> Vec<Arc<Listener>> {
+    let mut listeners: Vec<Arc<Listener>> = Vec::new();
+    for section in sections(problems, document, "listener") {
+        let Some((listener, span)) = read_listener(problems, section, upstreams) else { continue };
+        if listeners.iter().any(|other| other.address == listener.address) {
+            let address = listener.address;
+            problems.add(span, format!("listener.address: another listener has {address} already"));
+        }
+        listeners.push(Arc::new(listener));
+    }
+    if document.get("listener").is_none_or(|v| matches!(v.get_ref(), DeValue::Array(items) if items.is_empty())) {
+        problems.add(0..0, "no [[listener]]: it takes at least one, with its address and upstream".to_owned());
+    }
+    listeners
+}
+
+/// One `[[listener]]` and the place of its address; `None` if a problem was noted that leaves nothing to go on with.
+fn read_listener(
+    problems: &mut Problems<'_>,
+    mut section: Section<'_>,
+    upstreams: &Upstreams,
+) -> Option<(Listener, Range<usize>)> {
+    const OFFLOAD: &[(&str, Offload)] =
+        &[("auto", Offload::Auto), ("require", Offload::Require), ("off", Offload::Off)];
+    const PROXY_LATER: &[&str] = &["v1", "v2", "any"];
+    let address = section.take(problems, "address", value::socket_address);
+    if address.is_none() && !section.has("address") {
+        section.missing(problems, "address", "an IP address and a port, as in \"[::]:443\"");
+    }
+    let mode = section.take(problems, "mode", |v| value::word(v, &[("tcp", ())], &["http", "redirect"]));
+    let mode_is_refused = mode.is_none() && section.has("mode");
+    let offload = section.take_or(problems, "offload", Offload::Auto, |v| value::word(v, OFFLOAD, &[]));
+    let offload_after = section.take_or(problems, "offload_after", OffloadAfter::Auto, offload_after);
+    section.take_or(problems, "accept_proxy", (), |v| value::word(v, &[("off", ())], PROXY_LATER));
+    section.not_built(problems, "trusted");
+    let upstream = section.take(problems, "upstream", value::name);
+    let upstream = match upstream {
+        Some((name, span)) => {
+            let known = upstreams.get(&name).cloned();
+            if known.is_none() {
+                let mut names: Vec<_> = upstreams.keys().map(|name| format!("\"{name}\"")).collect();
+                names.sort();
+                let names = if names.is_empty() { "none is defined".to_owned() } else { names.join(", ") };
+                problems.add(span, format!("listener.upstream: no [[upstream]] is named \"{name}\"; allowed: {names}"));
+            }
+            known
+        }
+        None => {
+            // A redirect has no upstream, and was refused already.
+            if !section.has("upstream") && !mode_is_refused {
+                section.missing(problems, "upstream", "the name of an [[upstream]]");
+            }
+            None
+        }
+    };
+    section.finish(problems);
+    let (address, span) = address?;
+    Some((Listener { address, offload, offload_after, upstream: upstream? }, span))
+}
+
+/// `"auto"`, 0 or a size.
+fn offload_after(value: &DeValue<'_>) -> Read<OffloadAfter> {
+    if let DeValue::String(word) = value
+        && word == "auto"
+    {
+        return Ok(OffloadAfter::Auto);
+    }
+    match value::size(value, 0..=u64::MAX) {
+        Ok(bytes) => Ok(OffloadAfter::Bytes(bytes)),
+        Err(_) => allowed("\"auto\", 0, a number of bytes, or a size in quotes as in \"128 KiB\""),
+    }
+}

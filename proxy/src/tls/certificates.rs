@@ -1,0 +1,322 @@
+//! Finds the certificates and keys of the configuration and pairs them by public key, whatever the files are called.
+//!
+//!   paths ─▶ files (folders one level deep) ─▶ chains and keys ─▶ pairs ─▶ resolver by name
+//!
+//! Everything that is wrong is reported together, each fault with its file and what mends it. Whether a chain leads
+//! to a root that clients trust is not asked here.
+
+use super::pem::{self, Key};
+use super::resolver::Resolver;
+use rustls::SignatureAlgorithm;
+use rustls::crypto::aws_lc_rs::sign::any_supported_type;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use rustls::server::ResolvesServerCert;
+use rustls::sign::{CertifiedKey, SigningKey};
+use std::fmt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use x509_parser::prelude::{ASN1Time, FromDer, GeneralName, X509Certificate};
+
+/// Every certificate that can be served. Never empty.
+#[derive(Debug)]
+pub struct Certificates {
+    served: Vec<Served>,
+    resolver: Arc<Resolver>,
+}
+
+/// One certificate with its key.
+#[derive(Debug)]
+pub struct Served {
+    /// DNS names in lower case, as SNI asks for them; the first one is the certificate's main name.
+    pub names: Vec<String>,
+    /// `ECDSA`, `RSA`, or another algorithm by rustls' name.
+    pub key_kind: String,
+    /// Certificates in the chain, the leaf included.
+    pub chain_length: usize,
+    /// For people, UTC.
+    pub not_after: String,
+    /// Empty for a certificate that came from no file.
+    pub certificate_file: PathBuf,
+    pub key_file: PathBuf,
+    certified: Arc<CertifiedKey>,
+}
+
+/// All that is wrong with the certificates of a configuration.
+#[derive(Debug, thiserror::Error)]
+pub struct Faults(Vec<Fault>);
+
+/// One file and what is wrong with it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Fault {
+    pub file: PathBuf,
+    pub message: String,
+}
+
+impl Faults {
+    pub fn list(&self) -> &[Fault] {
+        &self.0
+    }
+}
+
+impl fmt::Display for Faults {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (index, Fault { file, message }) in self.0.iter().enumerate() {
+            let newline = if index == 0 { "" } else { "\n" };
+            write!(f, "{newline}{}: {message}", file.display())?;
+        }
+        Ok(())
+    }
+}
+
+impl Certificates {
+    /// Reads every file that `paths` name, folders one level deep.
+    ///
+    /// # Errors
+    /// Every fault that was found.
+    pub fn load(paths: &[PathBuf]) -> Result<Self, Faults> {
+        let mut found = Found::default();
+        for path in paths {
+            found.read_path(path);
+        }
+        let served = found.pair();
+        if served.is_empty() && found.faults.is_empty() {
+            for path in paths {
+                found.fault(path, "holds no certificate with its private key (PEM)");
+            }
+        }
+        match Self::of(served) {
+            Some(certificates) if found.faults.is_empty() => Ok(certificates),
+            Some(_) | None => Err(Faults(found.faults)),
+        }
+    }
+
+    /// One certificate that was made, not read.
+    ///
+    /// # Errors
+    /// The two do not belong together, or are none.
+    pub fn from_der(chain: Vec<CertificateDer<'static>>, key: PrivateKeyDer<'static>) -> Result<Self, String> {
+        let key = signing_key(&Key::new(key))?;
+        let leaf = chain.first().ok_or("no certificate")?;
+        let leaf = Leaf::parse(leaf)?;
+        if !leaf.belongs_to(&*key) {
+            return Err("the key is not the certificate's".to_owned());
+        }
+        let served = Served::new(&Chain { file: PathBuf::new(), leaf, chain }, PathBuf::new(), key);
+        Self::of(vec![served]).ok_or_else(|| "no certificate".to_owned())
+    }
+
+    fn of(served: Vec<Served>) -> Option<Self> {
+        let resolver = Resolver::new(served.iter().map(|one| (one.names.as_slice(), Arc::clone(&one.certified))))?;
+        Some(Self { served, resolver: Arc::new(resolver) })
+    }
+
+    pub fn served(&self) -> &[Served] {
+        &self.served
+    }
+
+    pub fn resolver(&self) -> Arc<dyn ResolvesServerCert> {
+        Arc::clone(&self.resolver) as Arc<dyn ResolvesServerCert>
+    }
+}
+
+impl Served {
+    fn new(chain: &Chain, key_file: PathBuf, key: Arc<dyn SigningKey>) -> Self {
+        Self {
+            names: chain.leaf.names.clone(),
+            key_kind: kind(&*key),
+            chain_length: chain.chain.len(),
+            not_after: chain.leaf.not_after.to_string(),
+            certificate_file: chain.file.clone(),
+            key_file,
+            certified: Arc::new(CertifiedKey::new(chain.chain.clone(), key)),
+        }
+    }
+}
+
+fn kind(key: &dyn SigningKey) -> String {
+    match key.algorithm() {
+        SignatureAlgorithm::ECDSA => "ECDSA".to_owned(),
+        SignatureAlgorithm::RSA => "RSA".to_owned(),
+        // The enum is not ours.
+        other => format!("{other:?}"),
+    }
+}
+
+/// What the files held, before it is paired.
+#[derive(Default)]
+struct Found {
+    chains: Vec<Chain>,
+    keys: Vec<(PathBuf, Arc<dyn SigningKey>)>,
+    faults: Vec<Fault>,
+}
+
+struct Chain {
+    file: PathBuf,
+    leaf: Leaf,
+    chain: Vec<CertificateDer<'static>>,
+}
+
+impl Found {
+    fn fault(&mut self, file: &Path, message: impl Into<String>) {
+        self.faults.push(Fault { file: file.to_path_buf(), message: message.into() });
+    }
+
+    fn read_path(&mut self, path: &Path) {
+        if !path.is_dir() {
+            return self.read_file(path, true);
+        }
+        let listed = std::fs::read_dir(path).and_then(Iterator::collect::<Result<Vec<_>, _>>);
+        let mut files: Vec<PathBuf> = match listed {
+            Ok(entries) => entries.into_iter().map(|entry| entry.path()).collect(),
+            Err(error) => return self.fault(path, pem::unreadable(path, &error)),
+        };
+        // The order of a folder is that of its names, on every file system.
+        files.sort();
+        let hidden = |path: &Path| path.file_name().is_some_and(|name| name.as_encoded_bytes().starts_with(b"."));
+        for file in files.iter().filter(|file| !hidden(file) && file.is_file()) {
+            self.read_file(file, false);
+        }
+    }
+
+    /// `named`: the configuration names this very file, so it has to hold something.
+    fn read_file(&mut self, path: &Path, named: bool) {
+        let file = match pem::read(path) {
+            Ok(file) => file,
+            Err(message) => return self.fault(path, message),
+        };
+        if named && file.certificates.is_empty() && file.keys.is_empty() {
+            self.fault(path, "holds neither a certificate nor a private key (PEM)");
+        }
+        for key in &file.keys {
+            match signing_key(key) {
+                Ok(key) => self.add_key(path, key),
+                Err(message) => self.fault(path, message),
+            }
+        }
+        match file.certificates.first().map(Leaf::parse) {
+            None => {}
+            Some(Ok(leaf)) => self.add_chain(Chain { file: path.to_path_buf(), leaf, chain: file.certificates }),
+            Some(Err(message)) => self.fault(path, message),
+        }
+    }
+
+    /// A key that lies in two files is one key.
+    fn add_key(&mut self, path: &Path, key: Arc<dyn SigningKey>) {
+        if !self.keys.iter().any(|(_, other)| other.public_key() == key.public_key()) {
+            self.keys.push((path.to_path_buf(), key));
+        }
+    }
+
+    /// A certificate that lies in two files (`cert.pem`, `fullchain.pem`) is taken with the longer chain.
+    fn add_chain(&mut self, chain: Chain) {
+        match self.chains.iter_mut().find(|other| other.chain[0] == chain.chain[0]) {
+            Some(other) if other.chain.len() < chain.chain.len() => *other = chain,
+            Some(_) => {}
+            None => self.chains.push(chain),
+        }
+    }
+
+    fn pair(&mut self) -> Vec<Served> {
+        let mut served = Vec::new();
+        let mut unused: Vec<bool> = vec![true; self.keys.len()];
+        let mut faults = Vec::new();
+        let mut fault = |file: &Path, message: String| faults.push(Fault { file: file.to_path_buf(), message });
+        for chain in &self.chains {
+            let Some(index) = self.keys.iter().position(|(_, key)| chain.leaf.belongs_to(&**key)) else {
+                // A file of intermediates needs no key.
+                if !chain.leaf.is_authority {
+                    let name = chain.leaf.names.first().map_or("no name", String::as_str);
+                    fault(&chain.file, format!("the private key of this certificate ({name}) is in none of the files"));
+                }
+                continue;
+            };
+            unused[index] = false;
+            match chain.leaf.in_force() {
+                Ok(()) => {
+                    let (key_file, key) = &self.keys[index];
+                    served.push(Served::new(chain, key_file.clone(), Arc::clone(key)));
+                }
+                Err(message) => fault(&chain.file, message),
+            }
+        }
+        for ((file, _), _) in self.keys.iter().zip(&unused).filter(|(_, unused)| **unused) {
+            fault(file, "no certificate in any of the files has the public key of this private key".to_owned());
+        }
+        self.faults.append(&mut faults);
+        served
+    }
+}
+
+fn signing_key(key: &Key) -> Result<Arc<dyn SigningKey>, String> {
+    any_supported_type(key.der()).map_err(|e| {
+        format!("its private key is of no kind that the policy has (ECDSA P-256 or P-384, RSA of 2048 bits or more): {e}")
+    })
+}
+
+/// What is asked of a leaf certificate.
+struct Leaf {
+    names: Vec<String>,
+    public_key_info: Vec<u8>,
+    is_authority: bool,
+    not_before: ASN1Time,
+    not_after: ASN1Time,
+}
+
+impl Leaf {
+    fn parse(der: &CertificateDer<'_>) -> Result<Self, String> {
+        let (_, certificate) =
+            X509Certificate::from_der(der).map_err(|e| format!("its first certificate cannot be read: {e}"))?;
+        let validity = certificate.validity();
+        Ok(Self {
+            names: dns_names(&certificate),
+            public_key_info: certificate.public_key().raw.to_vec(),
+            is_authority: certificate.is_ca(),
+            not_before: validity.not_before,
+            not_after: validity.not_after,
+        })
+    }
+
+    fn belongs_to(&self, key: &dyn SigningKey) -> bool {
+        key.public_key().is_some_and(|info| info.as_ref() == self.public_key_info)
+    }
+
+    fn in_force(&self) -> Result<(), String> {
+        let now = ASN1Time::now();
+        if now > self.not_after {
+            return Err(format!("this certificate expired on {}", self.not_after));
+        }
+        if now < self.not_before {
+            return Err(format!("this certificate is not valid before {}; is the clock right?", self.not_before));
+        }
+        Ok(())
+    }
+}
+
+fn dns_names(certificate: &X509Certificate<'_>) -> Vec<String> {
+    let Ok(Some(extension)) = certificate.subject_alternative_name() else { return Vec::new() };
+    let dns = |name: &GeneralName<'_>| match name {
+        GeneralName::DNSName(name) => Some(name.to_ascii_lowercase()),
+        // SNI carries DNS names only (RFC 6066 section 3). The enum is not ours.
+        _ => None,
+    };
+    extension.value.general_names.iter().filter_map(dns).collect()
+}
+
+#[cfg(test)]
+pub(super) mod testing {
+    use super::*;
+
+    pub(crate) fn made(names: &[&str], kind: &'static rcgen::SignatureAlgorithm) -> (rcgen::Certificate, rcgen::KeyPair) {
+        let names: Vec<String> = names.iter().map(|name| (*name).to_owned()).collect();
+        let key = rcgen::KeyPair::generate_for(kind).expect("this provider makes every kind that the tests ask for");
+        let certificate = rcgen::CertificateParams::new(names).expect("DNS names").self_signed(&key).expect("its own key");
+        (certificate, key)
+    }
+
+    pub(crate) fn certified(names: &[&str], kind: &'static rcgen::SignatureAlgorithm) -> (Vec<String>, Arc<CertifiedKey>) {
+        let (certificate, key) = made(names, kind);
+        let der = PrivateKeyDer::try_from(key.serialize_der()).expect("PKCS#8");
+        let made = Certificates::from_der(vec![certificate.der().clone()], der).expect("a pair");
+        (made.served[0].names.clone(), Arc::clone(&made.served[0].certified))
+    }
+}

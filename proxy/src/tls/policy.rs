@@ -1,0 +1,204 @@
+//! The policy `a-plus`: TLS 1.2 and 1.3, forward secrecy and AEAD only. Nothing weaker can be expressed.
+//!
+//! `suites`, `groups` and `alpn` of the configuration choose and order within it. What lies outside is refused with
+//! what it would cost in the grade, by the SSL Server Rating Guide of SSL Labs
+//! (<https://github.com/ssllabs/research/wiki/SSL-Server-Rating-Guide>).
+
+use crate::config::{Group, Suite, Tls};
+use rustls::crypto::aws_lc_rs::{self, cipher_suite as suites, kx_group as groups};
+use rustls::crypto::{CryptoProvider, SupportedKxGroup};
+use rustls::server::{ProducesTickets, ResolvesServerCert, ServerSessionMemoryCache, StoresServerSessions};
+use rustls::{ServerConfig, SupportedCipherSuite, SupportedProtocolVersion, version};
+use std::sync::Arc;
+
+/// The suites by their IANA names, in the server's order: 256-bit AES first, ChaCha20 last.
+const SUITES: [(&str, SupportedCipherSuite); 9] = [
+    ("TLS_AES_256_GCM_SHA384", suites::TLS13_AES_256_GCM_SHA384),
+    ("TLS_AES_128_GCM_SHA256", suites::TLS13_AES_128_GCM_SHA256),
+    ("TLS_CHACHA20_POLY1305_SHA256", suites::TLS13_CHACHA20_POLY1305_SHA256),
+    ("TLS_ECDHE_ECDSA_WITH_AES_256_GCM_SHA384", suites::TLS_ECDHE_ECDSA_WITH_AES_256_GCM_SHA384),
+    ("TLS_ECDHE_RSA_WITH_AES_256_GCM_SHA384", suites::TLS_ECDHE_RSA_WITH_AES_256_GCM_SHA384),
+    ("TLS_ECDHE_ECDSA_WITH_AES_128_GCM_SHA256", suites::TLS_ECDHE_ECDSA_WITH_AES_128_GCM_SHA256),
+    ("TLS_ECDHE_RSA_WITH_AES_128_GCM_SHA256", suites::TLS_ECDHE_RSA_WITH_AES_128_GCM_SHA256),
+    ("TLS_ECDHE_ECDSA_WITH_CHACHA20_POLY1305_SHA256", suites::TLS_ECDHE_ECDSA_WITH_CHACHA20_POLY1305_SHA256),
+    ("TLS_ECDHE_RSA_WITH_CHACHA20_POLY1305_SHA256", suites::TLS_ECDHE_RSA_WITH_CHACHA20_POLY1305_SHA256),
+];
+
+/// The groups by their IANA names, and the name that people use for two of them.
+const GROUPS: [(&str, &str, &dyn SupportedKxGroup); 4] = [
+    ("X25519MLKEM768", "X25519MLKEM768", groups::X25519MLKEM768),
+    ("x25519", "X25519", groups::X25519),
+    ("secp256r1", "P-256", groups::SECP256R1),
+    ("secp384r1", "P-384", groups::SECP384R1),
+];
+
+/// TLS 1.2 sessions that can be resumed by their id, by clients without tickets; about 1 KiB each.
+const SESSIONS_BY_ID: usize = 4096;
+/// RFC 7301 section 3.1: a protocol name has one byte of length.
+const ALPN_MAX_BYTES: usize = 255;
+
+/// What lets clients resume. It outlives a reload, so that tickets handed out before it stay good.
+#[derive(Clone)]
+pub struct Resumption {
+    ticketer: Arc<dyn ProducesTickets>,
+    sessions: Arc<dyn StoresServerSessions>,
+}
+
+impl Resumption {
+    /// Ticket keys of this process: random, renewed every six hours by rustls, never written anywhere.
+    ///
+    /// # Errors
+    /// The system's random source failed.
+    pub fn of_this_process() -> Result<Self, rustls::Error> {
+        Ok(Self {
+            ticketer: aws_lc_rs::Ticketer::new()?,
+            sessions: ServerSessionMemoryCache::new(SESSIONS_BY_ID),
+        })
+    }
+}
+
+/// What rustls negotiates by, for every listener.
+///
+/// # Errors
+/// rustls found no usable combination, which the configuration's checks exclude.
+pub fn server_config(
+    tls: &Tls,
+    certificates: Arc<dyn ResolvesServerCert>,
+    resumption: &Resumption,
+) -> Result<Arc<ServerConfig>, rustls::Error> {
+    let provider = provider(tls);
+    let versions = versions(&provider.cipher_suites);
+    let mut config = ServerConfig::builder_with_provider(Arc::new(provider))
+        .with_protocol_versions(&versions)?
+        .with_no_client_auth()
+        .with_cert_resolver(certificates);
+    config.ignore_client_order = true;
+    config.alpn_protocols = tls.alpn.iter().map(|name| name.as_bytes().to_vec()).collect();
+    config.ticketer = Arc::clone(&resumption.ticketer);
+    config.session_storage = Arc::clone(&resumption.sessions);
+    // The door to the kernel needs the keys; they go nowhere else, and there is no key log.
+    config.enable_secret_extraction = true;
+    // Early data can be replayed, and nothing that relays bytes can tell whether that does harm.
+    config.max_early_data_size = 0;
+    // Nothing is sent before the client's Finished: the record sequence past the door would not be known.
+    config.send_half_rtt_data = false;
+    Ok(Arc::new(config))
+}
+
+/// The suites that a configuration leaves, in order.
+pub fn suites_of(tls: &Tls) -> Vec<SupportedCipherSuite> {
+    if tls.suites.is_empty() {
+        return SUITES.iter().map(|(_, suite)| *suite).collect();
+    }
+    let known = |wanted: &Suite| SUITES.iter().map(|(_, suite)| *suite).find(|suite| suite.suite() == wanted.0);
+    tls.suites.iter().filter_map(known).collect()
+}
+
+/// The IANA name of a suite of the policy.
+pub fn suite_name(suite: rustls::CipherSuite) -> &'static str {
+    SUITES.iter().find(|(_, known)| known.suite() == suite).map_or("unknown", |(name, _)| name)
+}
+
+/// The IANA name of a group of the policy.
+pub fn group_name(group: rustls::NamedGroup) -> &'static str {
+    GROUPS.iter().find(|(_, _, known)| known.name() == group).map_or("unknown", |(name, _, _)| name)
+}
+
+fn provider(tls: &Tls) -> CryptoProvider {
+    let chosen = |group: &Group| GROUPS.iter().map(|(_, _, known)| *known).find(|known| known.name() == group.0);
+    let kx_groups = if tls.groups.is_empty() {
+        GROUPS.iter().map(|(_, _, group)| *group).collect()
+    } else {
+        tls.groups.iter().filter_map(chosen).collect()
+    };
+    CryptoProvider { cipher_suites: suites_of(tls), kx_groups, ..aws_lc_rs::default_provider() }
+}
+
+fn versions(suites: &[SupportedCipherSuite]) -> Vec<&'static SupportedProtocolVersion> {
+    [&version::TLS13, &version::TLS12].into_iter().filter(|v| suites.iter().any(|s| s.version() == *v)).collect()
+}
+
+/// A suite of the policy by its IANA name.
+///
+/// # Errors
+/// Why it is outside, in terms of the grade.
+pub fn suite(name: &str) -> Result<Suite, String> {
+    if let Some((_, suite)) = SUITES.iter().find(|(known, _)| *known == name) {
+        return Ok(Suite(suite.suite()));
+    }
+    let why = outside_by_suite(name);
+    let names = SUITES.map(|(name, _)| name).join(", ");
+    Err(format!("{why}; the policy a-plus has: {names}"))
+}
+
+fn outside_by_suite(name: &str) -> &'static str {
+    let upper = name.to_ascii_uppercase().replace('-', "_");
+    let has = |part: &str| upper.contains(part);
+    if has("NULL") || has("EXPORT") || has("ANON") {
+        "it does not protect what it carries, which is grade F"
+    } else if has("RC4") {
+        "RC4 is broken: grade C with TLS 1.1 and later, B at best"
+    } else if has("3DES") || has("_DES_") {
+        "its 64-bit blocks leak on long connections (Sweet32): grade C"
+    } else if upper.starts_with("TLS_RSA_") {
+        "without forward secrecy the grade is B at best"
+    } else if has("_CBC_") {
+        "CBC is no AEAD: SSL Labs marks it weak, and a server whose best it is gets no A+"
+    } else if has("_DHE_") {
+        "finite-field Diffie-Hellman is not offered: with common parameters of 1024 bits the grade is B, and no client needs it"
+    } else if has("CCM") {
+        "CCM is slower than GCM everywhere, and no client needs it"
+    } else {
+        "it is no suite that gets an A+ here"
+    }
+}
+
+/// Checks the choice as a whole.
+///
+/// # Errors
+/// Why a server with only these would not get an A+.
+pub fn choice_of_suites(chosen: &[Suite]) -> Result<(), String> {
+    let is_tls13 = |suite: &Suite| SUITES.iter().any(|(_, s)| s.suite() == suite.0 && s.version() == &version::TLS13);
+    if chosen.iter().any(is_tls13) {
+        Ok(())
+    } else {
+        Err("without a suite of TLS 1.3 (TLS_AES_..., TLS_CHACHA20_...) SSL Labs gives A- at best".to_owned())
+    }
+}
+
+/// A group of the policy by its IANA name, or as P-256 and P-384.
+///
+/// # Errors
+/// Why it is outside, in terms of the grade.
+pub fn group(name: &str) -> Result<Group, String> {
+    let is_named = |(iana, common, _): &&(&str, &str, _)| *iana == name || *common == name;
+    if let Some((_, _, group)) = GROUPS.iter().find(is_named) {
+        return Ok(Group(group.name()));
+    }
+    let lower = name.to_ascii_lowercase();
+    let why = if lower.starts_with("ffdhe") || lower.starts_with("dh") {
+        "finite-field Diffie-Hellman is not offered: it costs the grade with small parameters, and no client needs it"
+    } else if ["secp160", "secp192", "secp224", "sect1", "sect2", "p-192", "p-224"].iter().any(|w| lower.starts_with(w)) {
+        "a key exchange below 256 bits of curve lowers the score"
+    } else {
+        "it is no group that gets an A+ here"
+    };
+    let names = GROUPS.map(|(iana, _, _)| iana).join(", ");
+    Err(format!("{why}; the policy a-plus has: {names}"))
+}
+
+/// A protocol name for ALPN. Any protocol that runs over TLS over TCP may be named.
+///
+/// # Errors
+/// Why it cannot be offered.
+pub fn alpn(name: &str) -> Result<String, String> {
+    if name.is_empty() || name.len() > ALPN_MAX_BYTES {
+        return Err(format!("a protocol name has 1 to {ALPN_MAX_BYTES} bytes (RFC 7301)"));
+    }
+    match name {
+        "h2c" => Err("h2c names HTTP/2 without TLS and must not be offered here (RFC 9113 section 3.1)".to_owned()),
+        "h3" => Err("h3 runs over QUIC, which a TCP listener does not speak".to_owned()),
+        _ if name.starts_with("spdy/") => Err("SPDY is obsolete: SSL Labs warns of it".to_owned()),
+        _ => Ok(name.to_owned()),
+    }
+}
