@@ -1,0 +1,119 @@
+//! Where the tests run, and what differs there: sizes, counts and patience, and what the kernel can do.
+
+use anyhow::{Context as _, Result, bail};
+use std::path::PathBuf;
+use std::time::Duration;
+
+/// The machine's kernel, by TLSPLICE_KERNEL.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kernel {
+    Host,
+    /// User-mode Linux on the host's files: kTLS at native speed, one CPU.
+    Uml,
+    /// A guest under emulation, about 20 times slower, by its series.
+    Guest(&'static str),
+}
+
+const GUESTS: [&str; 4] = ["6.1", "6.12", "6.18", "7.2"];
+
+impl Kernel {
+    fn parse(name: &str) -> Result<Self> {
+        if let Some(series) = GUESTS.iter().find(|s| **s == name) {
+            return Ok(Self::Guest(series));
+        }
+        match name {
+            "host" => Ok(Self::Host),
+            "uml" => Ok(Self::Uml),
+            other => bail!("TLSPLICE_KERNEL={other}: allowed are host, uml, {}", GUESTS.join(", ")),
+        }
+    }
+
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Host => "host",
+            Self::Uml => "uml",
+            Self::Guest(series) => series,
+        }
+    }
+}
+
+/// How the bytes go through tlsplice in this test.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Relay {
+    /// `offload = "off"`.
+    Userspace,
+    /// `offload = "require"`, `splice = "inline"`.
+    Inline,
+    /// `offload = "require"`, `splice = "ring"`.
+    Ring,
+}
+
+impl Relay {
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Userspace => "userspace",
+            Self::Inline => "inline",
+            Self::Ring => "ring",
+        }
+    }
+
+    pub fn offloads(self) -> bool {
+        self != Self::Userspace
+    }
+}
+
+#[derive(Debug, Clone)]
+pub struct Environment {
+    pub bin: PathBuf,
+    pub kernel: Kernel,
+    /// TLSPLICE_OFFLOAD=require: the kernel has kTLS and every listener must use it.
+    pub offload: bool,
+    pub tmp: PathBuf,
+}
+
+impl Environment {
+    pub fn from_variables() -> Result<Self> {
+        let variable = |name: &str| std::env::var(name).with_context(|| format!("the variable {name} is not set"));
+        let bin = PathBuf::from(variable("TLSPLICE_BIN")?);
+        let bin = bin.canonicalize().with_context(|| format!("TLSPLICE_BIN={}", bin.display()))?;
+        let kernel = Kernel::parse(&std::env::var("TLSPLICE_KERNEL").unwrap_or_else(|_| "host".into()))?;
+        let offload = match std::env::var("TLSPLICE_OFFLOAD").as_deref() {
+            Ok("require") => true,
+            Ok("off") | Err(_) => false,
+            Ok(other) => bail!("TLSPLICE_OFFLOAD={other}: allowed are off, require"),
+        };
+        let tmp = std::env::var_os("TLSPLICE_TMP").map_or_else(std::env::temp_dir, PathBuf::from);
+        let tmp = tmp.join(format!("tlsplice-suite-{}", std::process::id()));
+        std::fs::create_dir_all(&tmp).with_context(|| format!("create {}", tmp.display()))?;
+        Ok(Self { bin, kernel, offload, tmp })
+    }
+
+    /// The relays that this run is about.
+    pub fn relays(&self) -> &'static [Relay] {
+        if self.offload { &[Relay::Inline, Relay::Ring] } else { &[Relay::Userspace] }
+    }
+
+    /// A KeyUpdate past the door goes on: always in userspace, in the kernel since 6.14.
+    pub fn rekeys(&self) -> bool {
+        !self.offload || !matches!(self.kernel, Kernel::Guest("6.1" | "6.12"))
+    }
+
+    pub fn is_guest(&self) -> bool {
+        matches!(self.kernel, Kernel::Guest(_))
+    }
+
+    /// `native` on the host and in user-mode Linux, `guest` under emulation.
+    pub fn scale<T>(&self, native: T, guest: T) -> T {
+        if self.is_guest() { guest } else { native }
+    }
+
+    /// How long a socket operation may wait before its test fails.
+    pub fn patience(&self) -> Duration {
+        Duration::from_secs(self.scale(20, 60))
+    }
+
+    /// Long enough for an idle tlsplice to have read what was just sent to it.
+    pub fn moment(&self) -> Duration {
+        Duration::from_micros(self.scale(1_000, 6_000))
+    }
+}

@@ -1,0 +1,265 @@
+//! Runs the tests one after the other, bounds each in time, prints what came of it, and sums up.
+//!
+//!     ok NAME (seconds) | FAILED NAME: why | skip NAME: reason | note: figures
+//!     SUMMARY {"kernel":…,"passed":…,"failed":…,"skipped":…,"offloaded":…,"spliced_bytes":…,"copied_bytes":…}
+
+use crate::certificate::Certificates;
+use crate::environment::{Environment, Relay};
+use crate::scrape::Metrics;
+use crate::{process, suite};
+use anyhow::{Result, bail};
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::mpsc::{RecvTimeoutError, channel};
+use std::sync::{Arc, Mutex};
+use std::thread;
+use std::time::{Duration, Instant};
+
+/// One claim, and the time that it may take.
+pub struct Test {
+    pub name: String,
+    pub limit: Duration,
+    pub run: Box<dyn Fn(&Context) -> Result<()> + Send + Sync>,
+}
+
+/// For tests that say nothing else: natively, and under emulation.
+const LIMIT_NATIVE: Duration = Duration::from_secs(60);
+const LIMIT_GUEST: Duration = Duration::from_secs(180);
+
+impl Test {
+    pub fn new(env: &Environment, name: &str, run: impl Fn(&Context) -> Result<()> + Send + Sync + 'static) -> Self {
+        Self { name: name.to_owned(), limit: env.scale(LIMIT_NATIVE, LIMIT_GUEST), run: Box::new(run) }
+    }
+
+    /// The same claim for each relay of this run.
+    pub fn each_relay(env: &Environment, name: &str, run: fn(&Context, Relay) -> Result<()>) -> Vec<Self> {
+        let one = |relay: &Relay| {
+            let relay = *relay;
+            Self::new(env, &format!("{name}[{}]", relay.name()), move |ctx: &Context| run(ctx, relay))
+        };
+        env.relays().iter().map(one).collect()
+    }
+}
+
+/// What a test is given.
+pub struct Context {
+    pub environment: Environment,
+    pub certificates: Certificates,
+    pub totals: Totals,
+    test: Mutex<String>,
+    logs: Mutex<Vec<PathBuf>>,
+}
+
+/// Over all tlsplices that were stopped in order.
+#[derive(Debug, Default)]
+pub struct Totals {
+    offloaded: AtomicU64,
+    spliced: AtomicU64,
+    copied: AtomicU64,
+}
+
+impl Totals {
+    pub fn add(&self, metrics: &Metrics) {
+        self.offloaded.fetch_add(metrics.offloaded(), Relaxed);
+        self.spliced.fetch_add(metrics.spliced(), Relaxed);
+        self.copied.fetch_add(metrics.copied(), Relaxed);
+    }
+}
+
+/// The error of a test that cannot run here.
+#[derive(Debug)]
+pub struct Skip(pub String);
+
+impl std::fmt::Display for Skip {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for Skip {}
+
+pub fn skip(why: impl Into<String>) -> anyhow::Error {
+    Skip(why.into()).into()
+}
+
+impl Context {
+    /// The running test, as a file name.
+    pub fn test(&self) -> String {
+        let name = self.test.lock().expect("no holder panics").clone();
+        name.chars().map(|c| if c.is_ascii_alphanumeric() || c == '_' { c } else { '-' }).collect()
+    }
+
+    pub fn note(&self, text: &str) {
+        println!("note: {}: {text}", self.test.lock().expect("no holder panics"));
+    }
+
+    /// A log to be shown if the test fails.
+    pub fn watch_log(&self, path: &Path) {
+        self.logs.lock().expect("no holder panics").push(path.to_owned());
+    }
+
+    fn begin(&self, name: &str) {
+        name.clone_into(&mut self.test.lock().expect("no holder panics"));
+        self.logs.lock().expect("no holder panics").clear();
+    }
+
+    fn log_tails(&self) -> String {
+        let logs = self.logs.lock().expect("no holder panics");
+        logs.iter().map(|log| format!("  log {}:\n{}\n", log.display(), tail(log))).collect()
+    }
+
+    fn remove_logs(&self) {
+        for log in self.logs.lock().expect("no holder panics").iter() {
+            // In a guest they would fill its memory.
+            let _ = fs::remove_file(log);
+            let _ = fs::remove_file(log.with_extension("toml"));
+        }
+    }
+}
+
+const TAIL_LINES: usize = 25;
+
+pub fn tail(log: &Path) -> String {
+    let text = fs::read_to_string(log).unwrap_or_else(|e| e.to_string());
+    let lines: Vec<&str> = text.lines().collect();
+    lines[lines.len().saturating_sub(TAIL_LINES)..].join("\n")
+}
+
+struct Arguments {
+    filters: Vec<String>,
+    list: bool,
+}
+
+fn arguments() -> Result<Arguments> {
+    let mut found = Arguments { filters: Vec::new(), list: false };
+    let mut words = std::env::args().skip(1);
+    while let Some(word) = words.next() {
+        match (word.as_str(), words.next()) {
+            ("--filter", Some(filter)) => found.filters.push(filter),
+            ("--list", None) => found.list = true,
+            (other, _) => bail!("{other}: usage: tlsplice-suite [--list] [--filter PART_OF_A_NAME]..."),
+        }
+    }
+    Ok(found)
+}
+
+const EXIT_USAGE: u8 = 2;
+
+pub fn main() -> ExitCode {
+    match start() {
+        Ok(code) => code,
+        Err(why) => {
+            eprintln!("tlsplice-suite: {why:#}");
+            ExitCode::from(EXIT_USAGE)
+        }
+    }
+}
+
+fn start() -> Result<ExitCode> {
+    let arguments = arguments()?;
+    let environment = Environment::from_variables()?;
+    let tests = suite::tests(&environment);
+    let wanted =
+        |test: &&Test| arguments.filters.is_empty() || arguments.filters.iter().any(|f| test.name.contains(f.as_str()));
+    if arguments.list {
+        tests.iter().filter(wanted).for_each(|test| println!("{}", test.name));
+        fs::remove_dir(&environment.tmp)?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    process::raise_descriptor_limit();
+    let certificates = Certificates::make(&environment.tmp)?;
+    let (test, logs) = (Mutex::default(), Mutex::default());
+    let ctx = Arc::new(Context { environment, certificates, totals: Totals::default(), test, logs });
+    let mut counts = [0_u64; 3];
+    for test in tests {
+        if !wanted(&&test) {
+            continue;
+        }
+        let name = test.name.clone();
+        let started = Instant::now();
+        let verdict = bounded(&ctx, test);
+        let seconds = started.elapsed().as_secs_f64();
+        counts[report(&ctx, &name, seconds, verdict) as usize] += 1;
+    }
+    summary(&ctx, counts);
+    let failed = counts[Verdict::Failed as usize];
+    if failed == 0 {
+        fs::remove_dir_all(&ctx.environment.tmp)?;
+    }
+    Ok(if failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Verdict {
+    Passed,
+    Failed,
+    Skipped,
+}
+
+/// Runs a test in a thread of its own and gives up on it at its limit.
+fn bounded(ctx: &Arc<Context>, test: Test) -> Result<()> {
+    ctx.begin(&test.name);
+    let (done, wait) = channel();
+    let (limit, inner) = (test.limit, ctx.clone());
+    thread::Builder::new().name("test".into()).spawn(move || {
+        let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| (test.run)(&inner)));
+        let result = result.unwrap_or_else(|panic| {
+            let text = panic.downcast_ref::<String>().map(String::as_str).or(panic.downcast_ref::<&str>().copied());
+            Err(anyhow::anyhow!("the test panicked: {}", text.unwrap_or("?")))
+        });
+        // Nobody waits any more if the limit has passed.
+        let _ = done.send(result);
+    })?;
+    match wait.recv_timeout(limit) {
+        Ok(result) => result,
+        Err(RecvTimeoutError::Disconnected) => bail!("the test's thread is gone"),
+        Err(RecvTimeoutError::Timeout) => {
+            let state = process::end_all();
+            // Without its processes it comes to an end by itself, mostly; what it says then explains more.
+            let last = wait.recv_timeout(Duration::from_secs(15));
+            let last = last
+                .map_or_else(|_| "it hangs on".into(), |r| r.err().map_or("it passed".into(), |e| format!("{e:#}")));
+            bail!("not done within {limit:?}; state:\n{state}  then: {last}")
+        }
+    }
+}
+
+fn report(ctx: &Context, name: &str, seconds: f64, result: Result<()>) -> Verdict {
+    match result {
+        Ok(()) => {
+            println!("ok {name} ({seconds:.1})");
+            ctx.remove_logs();
+            Verdict::Passed
+        }
+        Err(why) => match why.downcast_ref::<Skip>() {
+            Some(skip) if suite::may_skip(name, ctx.environment.kernel) => {
+                println!("skip {name}: {skip}");
+                Verdict::Skipped
+            }
+            Some(skip) => {
+                println!("FAILED {name}: it may not be skipped on {}: {skip}", ctx.environment.kernel.name());
+                Verdict::Failed
+            }
+            None => {
+                println!("FAILED {name}: {why:#} ({seconds:.1})\n{}", ctx.log_tails());
+                Verdict::Failed
+            }
+        },
+    }
+}
+
+fn summary(ctx: &Context, counts: [u64; 3]) {
+    let figure = |f: &AtomicU64| f.load(Relaxed);
+    let summary = serde_json::json!({
+        "kernel": ctx.environment.kernel.name(),
+        "passed": counts[Verdict::Passed as usize],
+        "failed": counts[Verdict::Failed as usize],
+        "skipped": counts[Verdict::Skipped as usize],
+        "offloaded": figure(&ctx.totals.offloaded),
+        "spliced_bytes": figure(&ctx.totals.spliced),
+        "copied_bytes": figure(&ctx.totals.copied),
+    });
+    println!("SUMMARY {summary}");
+}

@@ -1,0 +1,23 @@
+//! All tests, by topic, and the list of those that may be skipped, with the kernels where they may.
+
+pub mod peers;
+
+use crate::environment::{Environment, Kernel};
+use crate::run::Test;
+
+/// In the order in which they run.
+pub fn tests(env: &Environment) -> Vec<Test> {
+    let mut tests = Vec::new();
+    tests.extend(peers::tests(env));
+    tests
+}
+
+/// A prefix of a test's name, and the kernels on which it may be skipped.
+const MAY_SKIP: [(&str, fn(Kernel) -> bool); 1] = [
+    // No image of a guest holds a JDK.
+    ("a_java_client", |kernel| matches!(kernel, Kernel::Guest(_))),
+];
+
+pub fn may_skip(name: &str, kernel: Kernel) -> bool {
+    MAY_SKIP.iter().any(|(prefix, on)| name.starts_with(prefix) && on(kernel))
+}
