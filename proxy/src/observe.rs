@@ -1,1 +1,3 @@
 pub mod counters;
+pub mod log;
+pub mod metrics;

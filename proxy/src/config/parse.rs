@@ -184,14 +184,12 @@ fn read_limits(mut section: Section<'_>, problems: &mut Problems<'_>) -> Limits 
     };
     let handshake_timeout = short(problems, &mut section, "handshake_timeout", HANDSHAKE_TIMEOUT);
     let connect_timeout = short(problems, &mut section, "connect_timeout", CONNECT_TIMEOUT);
-    let idle_timeout =
-        section.take_or(problems, "idle_timeout", IDLE_TIMEOUT, |v| value::duration(v, IDLE_TIMEOUTS));
-    let connections =
-        section.take_or(problems, "connections", CONNECTIONS, |v| value::whole(v, 1..=CONNECTIONS_MAX));
+    let idle_timeout = section.take_or(problems, "idle_timeout", IDLE_TIMEOUT, |v| value::duration(v, IDLE_TIMEOUTS));
+    let connections = section.take_or(problems, "connections", CONNECTIONS, |v| value::whole(v, 1..=CONNECTIONS_MAX));
     let pipe_memory_bytes =
         section.take_or(problems, "pipe_memory", PIPE_MEMORY_BYTES, |v| value::size(v, 0..=PIPE_MEMORY_MAX_BYTES));
-    let records_per_key = section
-        .take_or(problems, "records_per_key", RECORDS_PER_KEY_MAX, |v| value::whole(v, 1..=RECORDS_PER_KEY_MAX));
+    let records_per_key =
+        section.take_or(problems, "records_per_key", RECORDS_PER_KEY_MAX, |v| value::whole(v, 1..=RECORDS_PER_KEY_MAX));
     section.finish(problems);
     Limits {
         handshake_timeout,

@@ -129,7 +129,8 @@ impl<'a> Section<'a> {
             None => self.missing(problems, key, &format!("a list of {kind}")),
             Some(value) => {
                 if matches!(value.get_ref(), DeValue::Array(items) if items.is_empty()) {
-                    problems.add(value.span(), format!("{}: found []; allowed: at least one of {kind}", self.path(key)));
+                    problems
+                        .add(value.span(), format!("{}: found []; allowed: at least one of {kind}", self.path(key)));
                 }
             }
         }
@@ -153,10 +154,7 @@ impl<'a> Section<'a> {
         for name in table.keys().filter(|name| !self.asked.contains(&name.get_ref().as_ref())) {
             let found = excerpt(name.get_ref(), 0..name.get_ref().len());
             let place = if self.name.is_empty() { String::new() } else { format!(" in [{}]", self.name) };
-            problems.add(
-                name.span(),
-                format!("unknown key \"{found}\"{place}; allowed: {}", self.asked.join(", ")),
-            );
+            problems.add(name.span(), format!("unknown key \"{found}\"{place}; allowed: {}", self.asked.join(", ")));
         }
     }
 

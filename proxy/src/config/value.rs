@@ -1,7 +1,7 @@
 //! Single values: durations, sizes, numbers, addresses and words, each from its TOML form.
 
-use super::section::{Read, Refusal, allowed, because};
 use super::ServerAddress;
+use super::section::{Read, Refusal, allowed, because};
 use std::net::SocketAddr;
 use std::num::NonZeroUsize;
 use std::ops::RangeInclusive;
@@ -150,7 +150,11 @@ pub(super) fn socket_address(value: &DeValue<'_>) -> Read<SocketAddr> {
         Ok(address) => address,
         Err(_) => return allowed(WHAT),
     };
-    if address.port() == 0 { because("port 0 is none that a client could know; allowed: 1 to 65535") } else { Ok(address) }
+    if address.port() == 0 {
+        because("port 0 is none that a client could know; allowed: 1 to 65535")
+    } else {
+        Ok(address)
+    }
 }
 
 /// `"127.0.0.1:8080"`, `"[::1]:8080"`, `"unix:/run/app.sock"`.
@@ -197,7 +201,8 @@ mod tests {
         assert_eq!(parse_duration("10s"), Some(Duration::from_secs(10)));
         assert_eq!(parse_duration("5m"), Some(Duration::from_secs(300)));
         assert_eq!(parse_duration("1 h"), Some(Duration::from_secs(3600)));
-        for wrong in ["", "10", "s", "-1s", "1.5s", "1h30m", "10 seconds", "99999999999999999999s", "9999999999999999d"] {
+        for wrong in ["", "10", "s", "-1s", "1.5s", "1h30m", "10 seconds", "99999999999999999999s", "9999999999999999d"]
+        {
             assert_eq!(parse_duration(wrong), None, "{wrong}");
         }
     }

@@ -249,7 +249,9 @@ impl Found {
 
 fn signing_key(key: &Key) -> Result<Arc<dyn SigningKey>, String> {
     any_supported_type(key.der()).map_err(|e| {
-        format!("its private key is of no kind that the policy has (ECDSA P-256 or P-384, RSA of 2048 bits or more): {e}")
+        format!(
+            "its private key is of no kind that the policy has (ECDSA P-256 or P-384, RSA of 2048 bits or more): {e}"
+        )
     })
 }
 
@@ -306,14 +308,21 @@ fn dns_names(certificate: &X509Certificate<'_>) -> Vec<String> {
 pub(super) mod testing {
     use super::*;
 
-    pub(crate) fn made(names: &[&str], kind: &'static rcgen::SignatureAlgorithm) -> (rcgen::Certificate, rcgen::KeyPair) {
+    pub(crate) fn made(
+        names: &[&str],
+        kind: &'static rcgen::SignatureAlgorithm,
+    ) -> (rcgen::Certificate, rcgen::KeyPair) {
         let names: Vec<String> = names.iter().map(|name| (*name).to_owned()).collect();
         let key = rcgen::KeyPair::generate_for(kind).expect("this provider makes every kind that the tests ask for");
-        let certificate = rcgen::CertificateParams::new(names).expect("DNS names").self_signed(&key).expect("its own key");
+        let certificate =
+            rcgen::CertificateParams::new(names).expect("DNS names").self_signed(&key).expect("its own key");
         (certificate, key)
     }
 
-    pub(crate) fn certified(names: &[&str], kind: &'static rcgen::SignatureAlgorithm) -> (Vec<String>, Arc<CertifiedKey>) {
+    pub(crate) fn certified(
+        names: &[&str],
+        kind: &'static rcgen::SignatureAlgorithm,
+    ) -> (Vec<String>, Arc<CertifiedKey>) {
         let (certificate, key) = made(names, kind);
         let der = PrivateKeyDer::try_from(key.serialize_der()).expect("PKCS#8");
         let made = Certificates::from_der(vec![certificate.der().clone()], der).expect("a pair");

@@ -50,10 +50,7 @@ impl Resumption {
     /// # Errors
     /// The system's random source failed.
     pub fn of_this_process() -> Result<Self, rustls::Error> {
-        Ok(Self {
-            ticketer: aws_lc_rs::Ticketer::new()?,
-            sessions: ServerSessionMemoryCache::new(SESSIONS_BY_ID),
-        })
+        Ok(Self { ticketer: aws_lc_rs::Ticketer::new()?, sessions: ServerSessionMemoryCache::new(SESSIONS_BY_ID) })
     }
 }
 
@@ -178,7 +175,8 @@ pub fn group(name: &str) -> Result<Group, String> {
     let lower = name.to_ascii_lowercase();
     let why = if lower.starts_with("ffdhe") || lower.starts_with("dh") {
         "finite-field Diffie-Hellman is not offered: it costs the grade with small parameters, and no client needs it"
-    } else if ["secp160", "secp192", "secp224", "sect1", "sect2", "p-192", "p-224"].iter().any(|w| lower.starts_with(w)) {
+    } else if ["secp160", "secp192", "secp224", "sect1", "sect2", "p-192", "p-224"].iter().any(|w| lower.starts_with(w))
+    {
         "a key exchange below 256 bits of curve lowers the score"
     } else {
         "it is no group that gets an A+ here"

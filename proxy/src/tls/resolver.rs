@@ -103,8 +103,7 @@ mod tests {
     #[test]
     fn names_go_exact_then_wildcard_then_default() {
         let ecdsa = &rcgen::PKCS_ECDSA_P256_SHA256;
-        let (resolver, keys) =
-            resolver(&[(&["a.test"], ecdsa), (&["*.b.test"], ecdsa), (&["x.b.test"], ecdsa)]);
+        let (resolver, keys) = resolver(&[(&["a.test"], ecdsa), (&["*.b.test"], ecdsa), (&["x.b.test"], ecdsa)]);
         let chosen = |name| resolver.choose(name, ANY).expect("some");
         assert!(Arc::ptr_eq(&chosen(Some("A.test")), &keys[0]));
         assert!(Arc::ptr_eq(&chosen(Some("y.b.test")), &keys[1]));

@@ -1,0 +1,131 @@
+//! SIGHUP: the file and the certificates are read again, and the workers get a new snapshot.
+//!
+//!   read ─▶ kernel still enough? ─▶ bind what is new ─▶ snapshot to every worker ─▶ log level
+//!
+//! All or nothing: up to the snapshot every failure leaves the old configuration serving. Sockets of an address that
+//! stays are not touched; only its settings change. Connections keep what they started with.
+
+use super::notify::{State, notify};
+use super::start::{Terminator, read_certificates, read_config, refuse_if_required};
+use crate::config::{Config, Listener};
+use crate::exit::Failure;
+use crate::listen;
+use crate::tls::certificates::Certificates;
+use crate::tls::policy;
+use crate::worker::{Command, Snapshot};
+use std::path::Path;
+use std::sync::Arc;
+
+/// What a reload has read.
+pub(super) struct Fresh {
+    config: Config,
+    certificates: Certificates,
+}
+
+impl Fresh {
+    /// Blocks on the file system.
+    pub(super) fn read(file: &Path) -> Result<Self, Failure> {
+        let config = read_config(file)?;
+        let certificates = read_certificates(&config)?;
+        Ok(Self { config, certificates })
+    }
+}
+
+impl Terminator {
+    pub(super) fn reload(&mut self, read: Result<Fresh, Failure>) {
+        match read.and_then(|fresh| self.apply(fresh)) {
+            Ok(()) => tracing::info!(listeners = self.config.listeners.len(), "reloaded"),
+            Err(error) => tracing::error!(%error, "reload: refused, the old configuration goes on serving"),
+        }
+        notify(State::Ready);
+    }
+
+    fn apply(&mut self, fresh: Fresh) -> Result<(), Failure> {
+        let Fresh { mut config, certificates } = fresh;
+        refuse_if_required(&config, &self.kernel)?;
+        let tls = policy::server_config(&config.tls, certificates.resolver(), &self.resumption)
+            .map_err(|e| Failure::Usage(format!("[tls]: {e}")))?;
+        let new = added(&self.config, &config);
+        let open =
+            listen::bind(&new, &config.listeners, self.workers.len()).map_err(|e| Failure::Host(e.to_string()))?;
+        for setting in keep_fixed(&self.config, &mut config) {
+            tracing::warn!(setting, "reload: changes only by a restart; the old value stays");
+        }
+        self.log.set_level(config.log.level);
+        self.config = Arc::new(config);
+        let snapshot = Snapshot { config: Arc::clone(&self.config), tls };
+        for (worker, open) in self.workers.iter().zip(open) {
+            worker.send(Command::Reload { snapshot: snapshot.clone(), open });
+        }
+        Ok(())
+    }
+}
+
+/// Listeners whose address is new.
+fn added(old: &Config, new: &Config) -> Vec<Arc<Listener>> {
+    let is_new = |listener: &&Arc<Listener>| old.listeners.iter().all(|other| other.address != listener.address);
+    new.listeners.iter().filter(is_new).cloned().collect()
+}
+
+/// Puts back what cannot change while the process runs, and names it.
+fn keep_fixed(old: &Config, new: &mut Config) -> Vec<&'static str> {
+    fn keep<T: PartialEq + Clone>(old: &T, new: &mut T, name: &'static str) -> Option<&'static str> {
+        if old == new {
+            return None;
+        }
+        *new = old.clone();
+        Some(name)
+    }
+    let (server, log) = (&mut new.server, &mut new.log);
+    [
+        keep(&old.server.workers, &mut server.workers, "server.workers"),
+        keep(&old.server.user, &mut server.user, "server.user"),
+        keep(&old.server.admin, &mut server.admin, "server.admin"),
+        keep(&old.server.splice, &mut server.splice, "server.splice"),
+        keep(&old.log.format, &mut log.format, "log.format"),
+    ]
+    .into_iter()
+    .flatten()
+    .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::SpliceMode;
+
+    const FILE: &str = r#"
+        [tls]
+        certificates = ["/tls"]
+        [[listener]]
+        address = "127.0.0.1:1443"
+        upstream = "app"
+        [[listener]]
+        address = "127.0.0.1:2443"
+        upstream = "app"
+        [[upstream]]
+        name = "app"
+        servers = ["127.0.0.1:8080"]
+    "#;
+
+    fn config(text: &str) -> Config {
+        Config::parse(Path::new("tlsplice.toml"), text).expect("valid")
+    }
+
+    #[test]
+    fn only_an_address_that_is_new_is_bound() {
+        let (old, new) = (config(FILE), config(&FILE.replace("2443", "3443")));
+        let added: Vec<u16> = added(&old, &new).iter().map(|l| l.address.port()).collect();
+        assert_eq!(added, [3443]);
+    }
+
+    #[test]
+    fn what_cannot_change_is_put_back_and_named() {
+        let old = config(FILE);
+        let text = format!("[server]\nsplice = \"ring\"\nadmin = \"127.0.0.1:1\"\ndrain_timeout = \"1s\"\n{FILE}");
+        let mut new = config(&text);
+        assert_eq!(keep_fixed(&old, &mut new), ["server.admin", "server.splice"]);
+        assert_eq!((new.server.splice, new.server.admin), (SpliceMode::Auto, None));
+        assert_eq!(new.server.drain_timeout.as_secs(), 1);
+    }
+}

@@ -1,0 +1,227 @@
+//! From a configuration to a running terminator.
+//!
+//!   descriptors ─▶ probe ─▶ require ─▶ bind ─▶ root ends ─▶ files still readable? ─▶ log ─▶ workers
+//!
+//! The order is the point. The probe loads the kernel's tls module and ports below 1024 are bound while the process is
+//! root; every thread, the log's and the runtime's too, starts after root has ended and inherits that.
+
+use crate::config::{Config, Offload, SpliceMode};
+use crate::exit::Failure;
+use crate::listen;
+use crate::observe::counters::Counters;
+use crate::observe::log::Logging;
+use crate::observe::metrics::Metrics;
+use crate::probe::Kernel;
+use crate::sys::limits::{self, OpenFiles};
+use crate::sys::privilege::{self, User};
+use crate::tls::certificates::Certificates;
+use crate::tls::policy::{self, Resumption};
+use crate::worker::{Snapshot, Worker};
+use std::fs::File;
+use std::io;
+use std::net::TcpListener;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+/// The user that root becomes if the configuration names none.
+const DEFAULT_USER: &str = "tlsplice";
+/// A proxied connection is one descriptor to the client and one to the upstream.
+const DESCRIPTORS_PER_CONNECTION: u64 = 2;
+/// Listeners, rings, pipes, log and admin.
+const DESCRIPTORS_BESIDE: u64 = 1024;
+
+/// A terminator that serves.
+pub struct Terminator {
+    pub(super) config: Arc<Config>,
+    /// What SIGHUP reads again.
+    pub(super) file: Option<PathBuf>,
+    pub(super) kernel: Arc<Kernel>,
+    pub(super) resumption: Resumption,
+    pub(super) workers: Vec<Worker>,
+    pub(super) log: Logging,
+    pub(super) admin: Option<TcpListener>,
+}
+
+/// Reads and parses the file.
+///
+/// # Errors
+/// `Usage`: the file cannot be read, or all that is wrong with it.
+pub fn read_config(file: &Path) -> Result<Config, Failure> {
+    let text = std::fs::read_to_string(file)
+        .map_err(|e| Failure::Usage(format!("{}: cannot be read: {e}", file.display())))?;
+    Config::parse(file, &text).map_err(|e| Failure::Usage(format!("the configuration is not valid:\n{e}")))
+}
+
+/// Reads the certificates that the configuration names.
+///
+/// # Errors
+/// `Usage`: all that is wrong with them.
+pub fn read_certificates(config: &Config) -> Result<Certificates, Failure> {
+    Certificates::load(&config.tls.certificates)
+        .map_err(|e| Failure::Usage(format!("the certificates cannot be served:\n{e}")))
+}
+
+impl Terminator {
+    /// Starts. `file` is where `config` came from; without one there is no reload.
+    ///
+    /// # Errors
+    /// `Host`: what the host refuses, and what mends it.
+    pub fn start(config: Config, certificates: Certificates, file: Option<PathBuf>) -> Result<Self, Failure> {
+        let open_files =
+            limits::raise_open_files().map_err(|e| Failure::Host(format!("setrlimit(RLIMIT_NOFILE): {e}")))?;
+        let kernel = Kernel::probe();
+        refuse_if_required(&config, &kernel)?;
+        let mut open = listen::bind(&config.listeners, &config.listeners, config.server.workers.get())
+            .map_err(|e| Failure::Host(e.to_string()))?;
+        let admin = config.server.admin.map(listen::bind_admin).transpose();
+        let admin = admin.map_err(|e| Failure::Host(format!("server.admin: {e}")))?;
+        let credentials = end_root(config.server.user.as_deref())?;
+        if let Some(file) = &file {
+            refuse_if_unreadable(file, &config, &certificates, &credentials)?;
+        }
+
+        let log = Logging::start(&config.log);
+        credentials.log();
+        warn_of_limits(&config, &kernel, open_files);
+        let resumption =
+            Resumption::of_this_process().map_err(|e| Failure::Host(format!("make keys for session tickets: {e}")))?;
+        let tls = policy::server_config(&config.tls, certificates.resolver(), &resumption)
+            .map_err(|e| Failure::Usage(format!("[tls]: {e}")))?;
+        let (config, kernel) = (Arc::new(config), Arc::new(kernel));
+        let snapshot = Snapshot { config: Arc::clone(&config), tls };
+        let workers = open.drain(..).enumerate().map(|(index, sockets)| {
+            Worker::spawn(index, snapshot.clone(), sockets, Arc::clone(&kernel))
+                .map_err(|e| Failure::Host(format!("start worker {index}: {e}")))
+        });
+        let workers = workers.collect::<Result<Vec<_>, _>>()?;
+        Ok(Self { config, file, kernel, resumption, workers, log, admin })
+    }
+
+    /// What each worker counts.
+    pub fn counters(&self) -> Vec<Arc<Counters>> {
+        self.workers.iter().map(|worker| Arc::clone(&worker.counters)).collect()
+    }
+
+    pub(super) fn metrics(&self) -> Metrics {
+        Metrics::new(self.counters(), Some(self.log.dropped()))
+    }
+}
+
+/// `offload = "require"` on a kernel that cannot.
+///
+/// # Errors
+/// `Host`: what is missing.
+pub fn refuse_if_required(config: &Config, kernel: &Kernel) -> Result<(), Failure> {
+    let Some(listener) = config.listeners.iter().find(|l| l.offload == Offload::Require) else { return Ok(()) };
+    if kernel.offloads_everything() {
+        return Ok(());
+    }
+    let missing = match &kernel.no_ulp {
+        Some(why) => why.clone(),
+        None => missing_directions(kernel).join(", "),
+    };
+    Err(Failure::Host(format!(
+        "listener {}: offload = \"require\", and this kernel ({}) lacks it: {missing}; \
+         `tlsplice doctor` says what mends it, and offload = \"auto\" serves without",
+        listener.address, kernel.release
+    )))
+}
+
+/// `TLS1.3 AES-256-GCM (receive)` and so on: what kTLS lacks although it is there.
+pub fn missing_directions(kernel: &Kernel) -> Vec<String> {
+    let lacks = |has: bool, name: &str, direction: &str| (!has).then(|| format!("{name} ({direction})"));
+    let of_suite = |s: &crate::probe::SuiteSupport| [lacks(s.tx, s.name, "send"), lacks(s.rx, s.name, "receive")];
+    kernel.suites.iter().flat_map(of_suite).flatten().collect()
+}
+
+/// Who the process is from now on.
+enum Credentials {
+    /// It was never root.
+    AsStarted,
+    User(User),
+    /// Uid 0 without capabilities: there was no user to become.
+    RootWithoutCapabilities,
+}
+
+impl Credentials {
+    fn name(&self) -> String {
+        match self {
+            Self::AsStarted => format!("uid {}", privilege::effective_uid()),
+            Self::User(user) => user.name.clone(),
+            Self::RootWithoutCapabilities => "root without capabilities".to_owned(),
+        }
+    }
+
+    fn log(&self) {
+        let user = self.name();
+        let low_ports = privilege::can_bind_low_ports();
+        match self {
+            Self::AsStarted | Self::User(_) => tracing::info!(user, low_ports, "runs as"),
+            Self::RootWithoutCapabilities => tracing::warn!(
+                user,
+                low_ports,
+                "runs as: there is no user {DEFAULT_USER} and server.user names none; root's files stay within reach"
+            ),
+        }
+    }
+}
+
+fn end_root(user: Option<&str>) -> Result<Credentials, Failure> {
+    if !privilege::is_root() {
+        return Ok(Credentials::AsStarted);
+    }
+    let name = user.unwrap_or(DEFAULT_USER);
+    let found = User::find(name).map_err(|e| Failure::Host(format!("look up user {name}: {e}")))?;
+    if found.is_none() && user.is_some() {
+        return Err(Failure::Host(format!("server.user: {}", privilege::PrivilegeError::NoUser(name.to_owned()))));
+    }
+    privilege::become_unprivileged(found.as_ref()).map_err(|e| Failure::Host(e.to_string()))?;
+    Ok(found.map_or(Credentials::RootWithoutCapabilities, Credentials::User))
+}
+
+/// A reload reads everything again, without root: what it could not read then is refused now.
+fn refuse_if_unreadable(
+    file: &Path,
+    config: &Config,
+    certificates: &Certificates,
+    credentials: &Credentials,
+) -> Result<(), Failure> {
+    let of_pairs = certificates.served().iter().flat_map(|one| [one.certificate_file.as_path(), &one.key_file]);
+    let paths = std::iter::once(file).chain(config.tls.certificates.iter().map(PathBuf::as_path)).chain(of_pairs);
+    let user = credentials.name();
+    for path in paths {
+        if let Err(error) = readable(path) {
+            let path = path.display();
+            return Err(Failure::Host(format!(
+                "{path}: {user}, which the process runs as after its start, cannot read it and so could not reload: \
+                 {error}: chown {user} {path}, and let every folder above be passed (namei -l {path})"
+            )));
+        }
+    }
+    Ok(())
+}
+
+fn readable(path: &Path) -> io::Result<()> {
+    if path.is_dir() { std::fs::read_dir(path).map(|_| ()) } else { File::open(path).map(|_| ()) }
+}
+
+fn warn_of_limits(config: &Config, kernel: &Kernel, open_files: OpenFiles) {
+    let connections = u64::try_from(config.limits.connections).unwrap_or(u64::MAX);
+    let wanted = connections.saturating_mul(DESCRIPTORS_PER_CONNECTION).saturating_add(DESCRIPTORS_BESIDE);
+    if open_files.soft < wanted {
+        tracing::warn!(
+            limit = open_files.soft,
+            wanted,
+            "limits.connections is more than the open files that this process may have: LimitNOFILE={wanted}"
+        );
+    }
+    let wants_kernel = config.listeners.iter().any(|l| l.offload != Offload::Off);
+    if wants_kernel && let Some(why) = &kernel.no_ulp {
+        tracing::warn!(why, "no kernel TLS: every connection stays in userspace");
+    } else if wants_kernel && !kernel.rekey {
+        tracing::info!("this kernel takes no new keys: a client that rekeys past the door is closed cleanly");
+    }
+    if config.server.splice == SpliceMode::Ring {
+        tracing::debug!("splice runs on the ring's own threads");
+    }
+}

@@ -1,0 +1,176 @@
+//! The counters of all workers as OpenMetrics text, added up at the moment of a scrape.
+
+use super::counters::{Count, Counters, Decline, End, Label};
+use super::log::DroppedLines;
+use prometheus_client::collector::Collector;
+use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric};
+use prometheus_client::metrics::counter::ConstCounter;
+use prometheus_client::metrics::gauge::ConstGauge;
+use prometheus_client::metrics::{MetricType, info::Info};
+use prometheus_client::registry::Registry;
+use std::fmt;
+use std::sync::Arc;
+
+/// The Content-Type of what `Metrics::text` gives.
+pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+
+/// Everything that a scrape shows.
+#[derive(Debug)]
+pub struct Metrics(Registry);
+
+impl Metrics {
+    pub fn new(workers: Vec<Arc<Counters>>, dropped_lines: Option<DroppedLines>) -> Self {
+        let mut registry = Registry::default();
+        let version = Info::new(vec![("version", env!("CARGO_PKG_VERSION"))]);
+        registry.register("tlsplice_build", "The running program", version);
+        registry.register_collector(Box::new(Workers { workers, dropped_lines }));
+        Self(registry)
+    }
+
+    /// # Errors
+    /// None that a `String` could give.
+    pub fn text(&self) -> Result<String, fmt::Error> {
+        let mut text = String::new();
+        prometheus_client::encoding::text::encode(&mut text, &self.0)?;
+        Ok(text)
+    }
+}
+
+/// Sums over workers. Each worker is the only writer of its own counters, so a sum is never behind by more than what
+/// happens while it is read.
+#[derive(Debug)]
+struct Workers {
+    workers: Vec<Arc<Counters>>,
+    dropped_lines: Option<DroppedLines>,
+}
+
+type Labels<'a> = &'a [(&'static str, &'static str)];
+
+impl Workers {
+    fn sum(&self, count: impl Fn(&Counters) -> &Count) -> u64 {
+        // Wrapping: a gauge's words may be taken in the middle of a change.
+        self.workers.iter().map(|worker| count(worker).get()).fold(0, u64::wrapping_add)
+    }
+
+    fn connections(&self, to: &mut DescriptorEncoder<'_>) -> fmt::Result {
+        counter(to, "tlsplice_connections_opened", "Client connections accepted", self.sum(|c| &c.accepted))?;
+        gauge(to, "tlsplice_connections_live", "Client connections that are open", self.sum(|c| &c.live))?;
+        let refused: Labels<'_> = &[("reason", "limit")];
+        family(
+            to,
+            "tlsplice_connections_refused",
+            "Client connections closed at once, at limits.connections",
+            &[(refused, self.sum(|c| &c.refused_limit))],
+        )?;
+        let pauses = self.sum(|c| &c.accept_pauses);
+        counter(to, "tlsplice_accept_pauses", "Pauses of accept for want of descriptors or memory", pauses)?;
+        let ended: Vec<_> =
+            End::ALL.iter().map(|how| ([("how", how.name())], self.sum(|c| &c.ended[how.index()]))).collect();
+        let ended: Vec<(Labels<'_>, u64)> = ended.iter().map(|(labels, n)| (&labels[..], *n)).collect();
+        family(to, "tlsplice_connections_ended", "Client connections that have ended, by how", &ended)
+    }
+
+    fn tls(&self, to: &mut DescriptorEncoder<'_>) -> fmt::Result {
+        let ok: Labels<'_> = &[("result", "ok")];
+        family(to, "tlsplice_handshakes", "TLS handshakes", &[(ok, self.sum(|c| &c.handshakes))])?;
+        let mut offload = vec![([("state", "offloaded"), ("reason", "")], self.sum(|c| &c.offloaded))];
+        offload.extend(
+            Decline::ALL
+                .iter()
+                .map(|why| ([("state", "declined"), ("reason", why.name())], self.sum(|c| &c.declined[why.index()]))),
+        );
+        let offload: Vec<(Labels<'_>, u64)> = offload.iter().map(|(labels, n)| (&labels[..], *n)).collect();
+        family(
+            to,
+            "tlsplice_offload",
+            "Connections handed to kernel TLS, and those that were not, by reason",
+            &offload,
+        )?;
+        let (received, sent): (Labels<'_>, Labels<'_>) = (&[("direction", "received")], &[("direction", "sent")]);
+        let updates = [(received, self.sum(|c| &c.key_updates_received)), (sent, self.sum(|c| &c.key_updates_sent))];
+        family(to, "tlsplice_key_updates", "TLS 1.3 KeyUpdates past the door", &updates)
+    }
+
+    fn payload(&self, to: &mut DescriptorEncoder<'_>) -> fmt::Result {
+        const IN_SPLICED: Labels<'_> = &[("direction", "in"), ("path", "spliced")];
+        const IN_COPIED: Labels<'_> = &[("direction", "in"), ("path", "copied")];
+        const OUT_SPLICED: Labels<'_> = &[("direction", "out"), ("path", "spliced")];
+        const OUT_COPIED: Labels<'_> = &[("direction", "out"), ("path", "copied")];
+        let bytes = [
+            (IN_SPLICED, self.sum(|c| &c.up_spliced)),
+            (IN_COPIED, self.sum(|c| &c.up_copied)),
+            (OUT_SPLICED, self.sum(|c| &c.down_spliced)),
+            (OUT_COPIED, self.sum(|c| &c.down_copied)),
+        ];
+        family(to, "tlsplice_payload_bytes", "Plaintext handed on: in is client to upstream", &bytes)?;
+        let denied = self.sum(|c| &c.pipe_denied);
+        counter(to, "tlsplice_pipe_denied", "Transfers that copied because no pipe was to be had", denied)?;
+        gauge(to, "tlsplice_pipe_bytes", "Capacity of all pipes", self.sum(|c| &c.pipe_bytes))
+    }
+}
+
+impl Collector for Workers {
+    fn encode(&self, mut to: DescriptorEncoder<'_>) -> fmt::Result {
+        self.connections(&mut to)?;
+        self.tls(&mut to)?;
+        self.payload(&mut to)?;
+        let Some(dropped) = &self.dropped_lines else { return Ok(()) };
+        counter(&mut to, "tlsplice_log_lines_dropped", "Log lines that nobody read in time", dropped.get())
+    }
+}
+
+/// One value without labels; the encoder adds `_total` to the name.
+fn counter(to: &mut DescriptorEncoder<'_>, name: &str, help: &str, value: u64) -> fmt::Result {
+    ConstCounter::new(value).encode(to.encode_descriptor(name, help, None, MetricType::Counter)?)
+}
+
+/// One value for each set of labels.
+fn family(to: &mut DescriptorEncoder<'_>, name: &str, help: &str, values: &[(Labels<'_>, u64)]) -> fmt::Result {
+    let mut family = to.encode_descriptor(name, help, None, MetricType::Counter)?;
+    for (labels, value) in values {
+        ConstCounter::new(*value).encode(family.encode_family(labels)?)?;
+    }
+    Ok(())
+}
+
+fn gauge(to: &mut DescriptorEncoder<'_>, name: &str, help: &str, value: u64) -> fmt::Result {
+    let value = ConstGauge::new(i64::try_from(value).unwrap_or(0));
+    value.encode(to.encode_descriptor(name, help, None, MetricType::Gauge)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_scrape_adds_up_workers_under_the_names_of_the_contract() {
+        let (one, two) = (Arc::new(Counters::default()), Arc::new(Counters::default()));
+        one.accepted.add(2);
+        two.accepted.add(3);
+        one.live.add(1);
+        one.declined(Decline::NoUlp);
+        two.ended(End::Clean);
+        two.up_copied.add(7);
+        one.pipe_bytes.add(65536);
+        let text = Metrics::new(vec![one, two], None).text().expect("a string");
+        for line in [
+            "tlsplice_build_info{version=\"0.1.0\"} 1",
+            "tlsplice_connections_opened_total 5",
+            "tlsplice_connections_live 1",
+            "tlsplice_connections_refused_total{reason=\"limit\"} 0",
+            "tlsplice_accept_pauses_total 0",
+            "tlsplice_handshakes_total{result=\"ok\"} 0",
+            "tlsplice_offload_total{state=\"offloaded\",reason=\"\"} 0",
+            "tlsplice_offload_total{state=\"declined\",reason=\"no_ulp\"} 1",
+            "tlsplice_connections_ended_total{how=\"clean\"} 1",
+            "tlsplice_payload_bytes_total{direction=\"in\",path=\"copied\"} 7",
+            "tlsplice_payload_bytes_total{direction=\"out\",path=\"spliced\"} 0",
+            "tlsplice_key_updates_total{direction=\"received\"} 0",
+            "tlsplice_pipe_denied_total 0",
+            "tlsplice_pipe_bytes 65536",
+        ] {
+            assert!(text.lines().any(|found| found == line), "{line} is not in\n{text}");
+        }
+        assert!(text.ends_with("# EOF\n"));
+    }
+}
