@@ -10,6 +10,7 @@
 // This is the guest's own first process: every call below is one that the kernel offers to nobody else in safe form.
 #![allow(unsafe_code)]
 
+#[allow(dead_code, reason = "the host writes what is read here")]
 mod request;
 
 use request::{DEFAULT_PATH, Request, Status};
@@ -27,8 +28,8 @@ use std::time::Duration;
 const OWN_FAILURE: u8 = 125;
 /// The isa-debug-exit device, as `qemu.rs` places it.
 const DEBUG_EXIT_PORT: u16 = 0xf4;
-/// QEMU's exit status is `2 * value + 1` in eight bits, so a larger value would come back as another.
-const DEBUG_EXIT_MAX: u8 = 127;
+/// QEMU's exit status is `2 * value + 1` in eight bits and the value is our exit status plus one: nothing larger fits.
+const DEBUG_EXIT_MAX: u8 = 126;
 /// Files that a process may hold open: the kernel's own ceiling (`fs.nr_open`).
 const OPEN_FILES: u64 = 1 << 20;
 /// How long the command's orphans may keep its output open after it has ended.
@@ -232,7 +233,7 @@ fn drain(terminal: &File) -> io::Result<()> {
 
 fn hand_back(status: &Status, code: u8) {
     match status {
-        Status::DebugExitPort => debug_exit(code.min(DEBUG_EXIT_MAX)),
+        Status::DebugExitPort => debug_exit(code.min(DEBUG_EXIT_MAX) + 1),
         Status::File(path) => {
             let written = File::create(path).and_then(|mut file| {
                 file.write_all(code.to_string().as_bytes())?;

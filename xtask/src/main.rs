@@ -1,13 +1,26 @@
-//! Builds, tests and demonstrates tlsplice.
+//! Builds, tests and demonstrates tlsplice. Each command is a file of its own; what they share lies beside them.
 
+mod apt;
+mod bzimage;
 mod cache;
+mod demo;
 mod first_process;
+mod image;
+mod kernels;
+mod peers;
 mod process;
-#[allow(dead_code)]
 mod progress;
+mod qemu;
+#[allow(dead_code, reason = "the guest reads what is written here")]
 mod request;
+mod rootfs;
+mod setup;
+mod suite;
+mod table;
+mod test;
 mod uml;
 mod uml_build;
+mod vm;
 
 use anyhow::Result;
 use clap::{Parser, Subcommand};
@@ -23,6 +36,10 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Task {
+    Setup(setup::Options),
+    Demo(demo::Options),
+    Test(test::Options),
+    Vm(vm::Options),
     Uml(uml::Options),
 }
 
@@ -38,6 +55,10 @@ fn main() -> ExitCode {
 
 fn perform(task: Task) -> Result<i32> {
     match task {
+        Task::Setup(options) => setup::command(&options),
+        Task::Demo(options) => demo::command(&options),
+        Task::Test(options) => test::command(&options),
+        Task::Vm(options) => vm::command(&options),
         Task::Uml(options) => uml::command(&options),
     }
 }

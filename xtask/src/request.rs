@@ -37,7 +37,6 @@ pub struct Request {
 
 impl Request {
     /// The file's content.
-    #[cfg_attr(not(feature = "cli"), expect(dead_code, reason = "the host's half"))]
     pub fn encode(&self) -> Vec<u8> {
         let mut words = Vec::new();
         let mut put = |key: &str, value: &[u8]| {
@@ -68,7 +67,6 @@ impl Request {
     ///
     /// # Errors
     /// Names the first word that is no key of ours, or what is missing.
-    #[cfg_attr(all(feature = "cli", not(test)), allow(dead_code, reason = "the guest's half"))]
     pub fn decode(bytes: &[u8]) -> Result<Self, String> {
         let mut request = Self {
             modules: Vec::new(),

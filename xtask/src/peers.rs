@@ -1,0 +1,58 @@
+//! Programs of others that the tests talk to, as far as they must not be installed: nginx would start a service.
+//!
+//! Its packages are unpacked into the cache instead. A machine that has nginx with its stream module anyway uses that.
+
+use crate::apt::Archive;
+use crate::{cache, process, setup};
+use anyhow::{Context, Result, bail};
+use std::path::{Path, PathBuf};
+
+/// The stream module, inside the folder of modules.
+pub const STREAM_MODULE: &str = "ngx_stream_module.so";
+/// Where distributions keep nginx's modules.
+const MODULE_FOLDERS: [&str; 3] = ["/usr/lib/nginx/modules", "/usr/lib64/nginx/modules", "/usr/share/nginx/modules"];
+
+/// nginx as files.
+#[derive(Clone, Debug)]
+pub struct Nginx {
+    pub program: PathBuf,
+    /// The folder with [`STREAM_MODULE`].
+    pub modules: PathBuf,
+}
+
+/// Finds nginx, or fetches it.
+pub fn nginx() -> Result<Nginx> {
+    let installed = MODULE_FOLDERS.map(PathBuf::from).into_iter().find(|folder| folder.join(STREAM_MODULE).exists());
+    if let (Some(program), Some(modules)) = (process::find("nginx"), installed) {
+        return Ok(Nginx { program, modules });
+    }
+    let place = cache::folder("peers")?.join("nginx");
+    if !place.exists() {
+        fetch(&place)?;
+    }
+    let nginx = Nginx { program: place.join("usr/sbin/nginx"), modules: place.join("usr/lib/nginx/modules") };
+    if !nginx.program.exists() || !nginx.modules.join(STREAM_MODULE).exists() {
+        bail!("{} does not hold nginx and its stream module: remove that folder and try again", place.display());
+    }
+    Ok(nginx)
+}
+
+fn fetch(place: &Path) -> Result<()> {
+    let _lock = cache::lock("nginx")?;
+    if place.exists() {
+        return Ok(());
+    }
+    if process::find("apt-get").is_none() {
+        bail!("nginx with its stream module is missing: install it (dnf install nginx nginx-mod-stream)");
+    }
+    let archive = Archive::of_this_machine();
+    if !archive.serves("nginx") {
+        setup::refresh_lists()?;
+    }
+    let aside = place.with_extension("new");
+    cache::remove(&aside)?;
+    archive
+        .unpack(&["nginx".into(), "libnginx-mod-stream".into()], "nginx (unpacked, not installed)", &aside)
+        .context("fetch nginx, which the tests talk to")?;
+    cache::put_in_place(&aside, place)
+}

@@ -1,0 +1,240 @@
+//! The whole test command: unit tests, then one test binary on the host, in user-mode Linux and in every guest.
+//!
+//!   kernels fetched ─┐
+//!   uml built ───────┼─▶ host ─▶ user-mode Linux ─▶ guests, two at a time ─▶ a table, and `N passed, M failed, K skipped`
+//!   cargo build ─────┘
+//!
+//! A run that breaks is a row of the table and a failure, and the others still run.
+
+use crate::kernels::{self, Choice, Found, Kernel};
+use crate::process::{self, Ended};
+use crate::progress;
+use crate::setup::{self, Group};
+use crate::suite::{self, Binaries, Exit, Listener, Offload, Report, Workplace};
+use crate::table::{Row, conclude};
+use crate::{first_process, peers, uml, uml_build, vm};
+use anyhow::{Result, anyhow};
+use clap::Args;
+use std::ffi::OsString;
+use std::path::PathBuf;
+use std::process::Command;
+use std::sync::Mutex;
+use std::thread;
+use std::time::{Duration, Instant};
+
+/// Seconds that one kernel's run may take: several times what it takes on two cores.
+const RUN_LIMIT: Duration = Duration::from_secs(1800);
+/// Guests that run at once: each has two virtual processors, and a test does not assert times that this would spoil.
+const GUESTS_AT_ONCE: usize = 2;
+/// Memory of a guest: the largest test holds a thousand connections whose buffers are full.
+const GUEST_MEMORY_MIB: u32 = 3072;
+
+/// Run all tests: on this host, in user-mode Linux, in guests.
+#[derive(Args, Clone, Debug)]
+pub struct Options {
+    /// Where: host, uml, a series such as 6.12, newest, or all.
+    #[arg(long, default_value = "all", value_parser = Place::parse)]
+    kernel: Vec<Place>,
+    /// Only tests whose name contains this.
+    #[arg(long)]
+    filter: Option<String>,
+}
+
+/// Where tests run.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Place {
+    Everywhere,
+    Host,
+    Uml,
+    Guest(Choice),
+}
+
+impl Place {
+    fn parse(text: &str) -> Result<Self, String> {
+        match text {
+            "all" => Ok(Self::Everywhere),
+            "host" => Ok(Self::Host),
+            "uml" => Ok(Self::Uml),
+            other => match Choice::parse(other) {
+                Ok(choice) => Ok(Self::Guest(choice)),
+                Err(_) => Err(format!("{other:?} is none of host, uml, newest, all, or a series such as 6.12")),
+            },
+        }
+    }
+}
+
+/// `cargo xtask test`.
+pub fn command(options: &Options) -> Result<i32> {
+    let everywhere = options.kernel.contains(&Place::Everywhere);
+    let (host, in_uml) =
+        (everywhere || options.kernel.contains(&Place::Host), everywhere || options.kernel.contains(&Place::Uml));
+    let mut guests: Vec<Choice> =
+        options.kernel.iter().filter_map(|p| if let Place::Guest(c) = p { Some(c.clone()) } else { None }).collect();
+    if everywhere {
+        guests = vec![Choice::All];
+    }
+    let mut groups = vec![Group::Build, Group::Peers];
+    groups.extend(in_uml.then_some(Group::Uml));
+    groups.extend((!guests.is_empty()).then_some(Group::Guests));
+    setup::make_sure(&groups)?;
+    let work = Workplace::new()?;
+    let arguments: Vec<OsString> =
+        options.filter.iter().flat_map(|filter| ["--filter".into(), filter.into()]).collect();
+
+    let (unit, binaries, kernels, linux) = prepare(options, &work, in_uml, &guests);
+    let mut rows = vec![Row::new("unit", unit)];
+    let binaries = match binaries {
+        Ok(binaries) => binaries,
+        Err(error) => {
+            rows.push(Row::new("build", Err(error)));
+            return Ok(conclude(&rows));
+        }
+    };
+    if host {
+        rows.push(Row::new("host", on_host(&binaries, &arguments, &work)));
+    }
+    if in_uml {
+        let report = linux.and_then(|linux| in_user_mode(linux, &binaries, &arguments, &work));
+        rows.push(Row::new("uml", report));
+    }
+    match kernels {
+        Ok(found) => rows.extend(in_guests(found, &binaries, &arguments, &work)),
+        Err(error) => rows.push(Row::new("guests", Err(error))),
+    }
+    Ok(conclude(&rows))
+}
+
+/// All that is fetched or built, at once: one waits for the network while the other computes.
+#[expect(clippy::type_complexity, reason = "four results, each of which may fail on its own")]
+fn prepare(
+    options: &Options,
+    work: &Workplace,
+    in_uml: bool,
+    guests: &[Choice],
+) -> (Result<Report>, Result<Binaries>, Result<Found>, Result<PathBuf>) {
+    thread::scope(|scope| {
+        let kernels = scope.spawn(|| {
+            let mut all = Found::default();
+            for choice in guests {
+                let found = kernels::obtain(choice)?;
+                all.kernels.extend(found.kernels);
+                all.missing.extend(found.missing);
+            }
+            Ok(all)
+        });
+        let linux = scope.spawn(|| if in_uml { uml_build::obtain() } else { Err(anyhow!("not asked for")) });
+        let binaries = work.folder("bin").and_then(|folder| Binaries::build(&folder));
+        let unit = unit_tests(options.filter.as_deref());
+        (unit, binaries, joined(kernels.join()), joined(linux.join()))
+    })
+}
+
+fn joined<T>(result: thread::Result<Result<T>>) -> Result<T> {
+    result.unwrap_or_else(|_| Err(anyhow!("it panicked, see above")))
+}
+
+/// The tests inside the crates.
+fn unit_tests(filter: Option<&str>) -> Result<Report> {
+    let mut cargo = Command::new(first_process::cargo());
+    cargo.args(["test", "--package", "tlsplice", "--package", "xtask", "--lib", "--bin", "xtask", "--"]);
+    cargo.args(filter).current_dir(first_process::workspace());
+    let started = Instant::now();
+    let mut report = Report::default();
+    let ended = process::watch(&mut cargo, RUN_LIMIT, |line| {
+        if let Some(counts) = line.strip_prefix("test result: ") {
+            let count = |what: &str| count_before(counts, what);
+            report.passed += count("passed");
+            report.failed += count("failed");
+            report.skipped += count("ignored");
+        }
+        progress::line(&format!("[unit] {line}"));
+    })?;
+    report.took = started.elapsed();
+    match ended {
+        Ended::TimedOut => report.problem = Some(format!("not done after {} s", RUN_LIMIT.as_secs())),
+        Ended::Exited(status) if !status.success() && report.failed == 0 => {
+            report.problem = Some(format!("cargo test: {status}"));
+        }
+        Ended::Exited(_) => {}
+    }
+    Ok(report)
+}
+
+/// The number before a word: 12 in "ok. 12 passed; 0 failed".
+fn count_before(text: &str, word: &str) -> u64 {
+    let words: Vec<&str> = text.split([' ', ';']).collect();
+    let at = words.iter().position(|w| *w == word);
+    at.and_then(|at| words[..at].last()?.parse().ok()).unwrap_or(0)
+}
+
+fn on_host(binaries: &Binaries, arguments: &[OsString], work: &Workplace) -> Result<Report> {
+    let offload = Offload::of_this_host();
+    progress::note(&format!("[host] starting, offload {offload:?}"));
+    let mut listener = Listener::new("host")?;
+    let mut command = process::bound_to_us(&binaries.suite);
+    command.args(arguments);
+    command.envs(suite::environment("host", offload, &binaries.tlsplice, &work.folder("host")?));
+    command.envs(nginx_variables()?);
+    let exit = match process::watch(&mut command, RUN_LIMIT, |line| listener.take(line))? {
+        Ended::Exited(status) => match status.code() {
+            Some(code) => Exit::Status(code),
+            None => Exit::Trouble(format!("it ended by a signal: {status}")),
+        },
+        Ended::TimedOut => Exit::Trouble(format!("it was not done after {} s", RUN_LIMIT.as_secs())),
+    };
+    Ok(listener.finish(&exit))
+}
+
+fn in_user_mode(linux: PathBuf, binaries: &Binaries, arguments: &[OsString], work: &Workplace) -> Result<Report> {
+    progress::note("[uml] starting, offload Require");
+    let mut listener = Listener::new("uml")?;
+    let mut env: Vec<(OsString, OsString)> =
+        ["PATH", "HOME"].iter().filter_map(|n| Some((n.into(), std::env::var_os(n)?))).collect();
+    env.extend(own_variables());
+    env.extend(nginx_variables()?);
+    env.extend(suite::environment("uml", Offload::Require, &binaries.tlsplice, &work.folder("uml")?));
+    let mut command = vec![binaries.suite.clone().into_os_string()];
+    command.extend_from_slice(arguments);
+    let machine = uml::Machine { linux, mem: "4G".into(), cpu: "auto".into() };
+    let exit = match machine.watch(env, command, RUN_LIMIT, |line| listener.take(line)) {
+        Ok(Some(status)) => Exit::Status(status),
+        Ok(None) => Exit::Trouble(format!("it was not done after {} s", RUN_LIMIT.as_secs())),
+        Err(error) => Exit::Trouble(format!("{error:#}")),
+    };
+    Ok(listener.finish(&exit))
+}
+
+/// All guests, a few at a time, each on a thread of its own; the rows in the order of the kernels.
+fn in_guests(found: Found, binaries: &Binaries, arguments: &[OsString], work: &Workplace) -> Vec<Row> {
+    let size = vm::Size { memory_mib: GUEST_MEMORY_MIB, limit: RUN_LIMIT };
+    let queue = Mutex::new(found.kernels.iter().enumerate());
+    let done: Mutex<Vec<(usize, Row)>> = Mutex::default();
+    let run = |kernel: &Kernel| vm::tests(kernel, binaries, Vec::new(), arguments, &size, work);
+    thread::scope(|scope| {
+        for _ in 0..GUESTS_AT_ONCE {
+            scope.spawn(|| {
+                loop {
+                    let next = queue.lock().expect("no holder of this lock panics").next();
+                    let Some((at, kernel)) = next else { break };
+                    let row = Row::new(&kernel.series, run(kernel));
+                    done.lock().expect("no holder of this lock panics").push((at, row));
+                }
+            });
+        }
+    });
+    let mut rows = done.into_inner().expect("no holder of this lock panics");
+    rows.sort_by_key(|(at, _)| *at);
+    let declared = found.missing.into_iter().map(|(series, reason)| Row::declared(&series, reason));
+    rows.into_iter().map(|(_, row)| row).chain(declared).collect()
+}
+
+/// Variables of the caller's that are meant for the tests.
+pub fn own_variables() -> impl Iterator<Item = (OsString, OsString)> {
+    std::env::vars_os().filter(|(name, _)| name.as_encoded_bytes().starts_with(b"TLSPLICE_"))
+}
+
+/// nginx for tests on this machine's files.
+fn nginx_variables() -> Result<Vec<(OsString, OsString)>> {
+    let nginx = peers::nginx()?;
+    Ok(vec![("TLSPLICE_NGINX".into(), nginx.program.into()), ("TLSPLICE_NGINX_MODULES".into(), nginx.modules.into())])
+}
