@@ -82,6 +82,8 @@ impl Client {
             key_updates: 0,
             tickets: 0,
             closed: false,
+            read_bytes: READ_BYTES,
+            rest: Duration::ZERO,
         };
         Ok(Self { tx, rx })
     }
@@ -209,6 +211,9 @@ pub struct Rx {
     pub key_updates: u64,
     pub tickets: u64,
     closed: bool,
+    /// The most that one receive asks for, and the rest before it: slow readers set both.
+    pub read_bytes: usize,
+    pub rest: Duration,
 }
 
 impl std::fmt::Debug for Rx {
@@ -252,7 +257,7 @@ pub enum How {
     Reset,
 }
 
-const READ_BYTES: usize = 1 << 18;
+const READ_BYTES: usize = 1 << 17;
 
 impl Rx {
     /// Waits for the next thing. After close_notify it is FIN, reset, or what must not come any more.
@@ -332,17 +337,18 @@ impl Rx {
     }
 
     fn fill(&mut self) -> Result<Option<Wire>> {
-        if self.start == self.end {
-            (self.start, self.end) = (0, 0);
-        } else if self.buffer.len() - self.start < HEADER_BYTES + MAX_BODY_BYTES {
-            self.buffer.copy_within(self.start..self.end, 0);
-            (self.start, self.end) = (0, self.end - self.start);
+        self.buffer.copy_within(self.start..self.end, 0);
+        (self.start, self.end) = (0, self.end - self.start);
+        let size = HEADER_BYTES + MAX_BODY_BYTES + self.read_bytes;
+        if self.buffer.len() < size {
+            self.buffer.resize(size, 0);
         }
-        if self.buffer.len() < READ_BYTES {
-            self.buffer.resize(READ_BYTES, 0);
+        let room = self.end..self.end + self.read_bytes;
+        if !self.rest.is_zero() {
+            std::thread::sleep(self.rest);
         }
         loop {
-            match (&self.shared.socket).read(&mut self.buffer[self.end..]) {
+            match (&self.shared.socket).read(&mut self.buffer[room.clone()]) {
                 Ok(0) => return Ok(Some(Wire::Fin)),
                 Ok(n) => {
                     self.end += n;

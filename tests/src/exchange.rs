@@ -4,11 +4,12 @@
 use crate::client::handshake::{Offer, Suite};
 use crate::client::record::MAX_PLAINTEXT_BYTES;
 use crate::client::{Client, Ended, How, Tx};
+use crate::environment::Relay;
 use crate::pattern::{Pattern, Random};
-use crate::proxy::Proxy;
+use crate::proxy::{Proxy, Settings};
 use crate::run::Context;
 use crate::scrape::Metrics;
-use crate::upstream::{PeerEnd, REQUEST_BYTES, Request, Served, THREAD_STACK_BYTES, Upstream};
+use crate::upstream::{Kind, PeerEnd, REQUEST_BYTES, Request, Served, Stream, THREAD_STACK_BYTES, Upstream, exchange};
 use anyhow::{Context as _, Result, ensure};
 use std::thread;
 
@@ -191,6 +192,73 @@ impl<'a> Schedule<'a> {
     }
 }
 
+/// The thresholds that every relay has to be right at.
+pub const DOORS: [u64; 5] = [0, 1, 16_384, 16_385, 1 << 20];
+
+/// A tlsplice with a listener for each threshold, all before one upstream.
+pub struct Setup {
+    pub proxy: Proxy,
+    pub upstream: Upstream,
+}
+
+impl Setup {
+    /// The upstream does what requests say.
+    pub fn exchanging(ctx: &Context, relay: Relay, doors: &[u64]) -> Result<Self> {
+        Self::with(ctx, relay, doors, Upstream::serve(&ctx.environment, Kind::V4, exchange)?, |s| s)
+    }
+
+    /// The upstream's connections are in the test's hands.
+    pub fn manual(ctx: &Context, relay: Relay, doors: &[u64]) -> Result<Self> {
+        Self::with(ctx, relay, doors, Upstream::manual(&ctx.environment, Kind::V4)?, |s| s)
+    }
+
+    pub fn with(
+        ctx: &Context,
+        relay: Relay,
+        doors: &[u64],
+        upstream: Upstream,
+        change: impl FnOnce(Settings) -> Settings,
+    ) -> Result<Self> {
+        let mut settings = Settings::new(ctx, relay)?;
+        for door in doors {
+            settings = settings.listen(*door, upstream.address())?;
+        }
+        Ok(Self { proxy: Proxy::start(ctx, change(settings))?, upstream })
+    }
+
+    /// A transfer that has to come to a clean end.
+    pub fn transfer(&self, ctx: &Context, listener: usize, suite: Suite, plan: &Plan) -> Result<Outcome> {
+        transfer(ctx, &self.proxy, listener, &self.upstream, suite, plan)
+    }
+
+    pub fn client(&self, ctx: &Context, listener: usize, suite: Suite) -> Result<Client> {
+        Client::connect(ctx, self.proxy.address(listener), &Offer::new(ctx, suite)?)
+    }
+
+    /// Both ends of a connection, after `warm` bytes went each way; for a manual upstream.
+    pub fn open(&self, ctx: &Context, listener: usize, suite: Suite, warm: u64) -> Result<(Client, Stream)> {
+        let mut client = self.client(ctx, listener, suite)?;
+        let stream = self.upstream.accept()?;
+        let mut moved = 0;
+        while moved < warm {
+            // In pieces that fit into any buffer, so that one thread may do both ends.
+            let piece = usize::try_from((warm - moved).min(10_000))?;
+            client.tx.data(Pattern::up().at(moved, piece))?;
+            let mut got = vec![0; piece];
+            stream.read_exactly(&mut got)?;
+            Pattern::up().check(moved, &got)?;
+            stream.send(Pattern::down().at(moved, piece))?;
+            client.rx.read(piece as u64, |at, data| Pattern::down().check(moved + at, data))?;
+            moved += piece as u64;
+        }
+        Ok((client, stream))
+    }
+
+    pub fn finish(self, ctx: &Context) -> Result<Metrics> {
+        self.proxy.finish(ctx)
+    }
+}
+
 /// The counts that a transfer changes.
 #[derive(Debug, Clone)]
 pub struct Account {
@@ -250,7 +318,7 @@ fn attempt(
     let want = Served { up: plan.request.up, down: plan.request.down, end: PeerEnd::Fin };
     ensure!(served == want, "the upstream saw {served:?}");
     let settings = &proxy.settings.listeners[listener];
-    let all_spliced = proxy.settings.relay == crate::environment::Relay::Inline && settings.offload_after == 0;
+    let all_spliced = proxy.settings.relay == Relay::Inline && settings.offload_after == 0;
     let after = account.close(proxy, REQUEST_BYTES as u64 + plan.request.up, plan.request.down, all_spliced)?;
     let clean = after.ended("clean") - account.before().ended("clean");
     ensure!(clean == 1, "it did not end clean; all endings: {}", after.endings());

@@ -1,5 +1,8 @@
 //! All tests, by topic, and the list of those that may be skipped, with the kernels where they may.
 
+pub mod bulk;
+pub mod door;
+pub mod first_request;
 pub mod peers;
 
 use crate::environment::{Environment, Kernel};
@@ -9,6 +12,9 @@ use crate::run::Test;
 pub fn tests(env: &Environment) -> Vec<Test> {
     let mut tests = Vec::new();
     tests.extend(peers::tests(env));
+    tests.extend(bulk::tests(env));
+    tests.extend(first_request::tests(env));
+    tests.extend(door::tests(env));
     tests
 }
 
