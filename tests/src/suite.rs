@@ -1,9 +1,12 @@
 //! All tests, by topic, and the list of those that may be skipped, with the kernels where they may.
 
 pub mod bulk;
+pub mod closing;
 pub mod door;
 pub mod first_request;
+pub mod key_update;
 pub mod peers;
+pub mod slow_readers;
 
 use crate::environment::{Environment, Kernel};
 use crate::run::Test;
@@ -15,6 +18,9 @@ pub fn tests(env: &Environment) -> Vec<Test> {
     tests.extend(bulk::tests(env));
     tests.extend(first_request::tests(env));
     tests.extend(door::tests(env));
+    tests.extend(key_update::tests(env));
+    tests.extend(closing::tests(env));
+    tests.extend(slow_readers::tests(env));
     tests
 }
 

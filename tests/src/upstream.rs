@@ -351,11 +351,11 @@ pub fn exchange(stream: Stream) -> Result<Served> {
             *uploaded.0.lock().expect("no holder panics") = true;
             uploaded.1.notify_all();
         });
-        if request.hold || read.is_err() {
+        let down = sender.join().ok().context("the upstream's sender panicked")?;
+        if request.hold {
             // For a client that has gone there is nobody to tell.
             let _ = stream.fin();
         }
-        let down = sender.join().ok().context("the upstream's sender panicked")?;
         let (up, end) = read?;
         ensure!(up <= request.up, "upstream: {up} bytes came, {} were announced", request.up);
         Ok(Served { up, down, end })
