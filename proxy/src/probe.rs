@@ -1,6 +1,16 @@
 //! Finds out, once at start, what this kernel's TLS can do; the relay is given the answers and asks for no version.
+//!
+//!   loopback pair ─▶ ULP? ─▶ each suite, each direction? ─▶ keys again? ─▶ short splices whole? ─▶ partial records quiet?
 
+use crate::sys::ktls::{self, Direction, Keys};
+use crate::sys::pipe::Pipe;
+use crate::sys::socket;
+use rustls::crypto::aws_lc_rs::cipher_suite as suites;
+use rustls::SupportedCipherSuite;
 use serde::Serialize;
+use std::io::{self, Write};
+use std::net::{TcpListener, TcpStream};
+use std::os::fd::AsFd;
 
 /// What the running kernel offers.
 #[derive(Debug, Clone, Serialize)]
@@ -26,14 +36,181 @@ pub struct SuiteSupport {
     pub rx: bool,
 }
 
+/// Every pair of version and cipher that a policy can negotiate; authentication makes no difference to the kernel.
+static PROBED: [(&str, SupportedCipherSuite); 6] = [
+    ("TLS1.3 AES-256-GCM", suites::TLS13_AES_256_GCM_SHA384),
+    ("TLS1.3 AES-128-GCM", suites::TLS13_AES_128_GCM_SHA256),
+    ("TLS1.3 CHACHA20-POLY1305", suites::TLS13_CHACHA20_POLY1305_SHA256),
+    ("TLS1.2 AES-256-GCM", suites::TLS_ECDHE_ECDSA_WITH_AES_256_GCM_SHA384),
+    ("TLS1.2 AES-128-GCM", suites::TLS_ECDHE_ECDSA_WITH_AES_128_GCM_SHA256),
+    ("TLS1.2 CHACHA20-POLY1305", suites::TLS_ECDHE_ECDSA_WITH_CHACHA20_POLY1305_SHA256),
+];
+
 impl Kernel {
     /// Probes with loopback socket pairs; a few milliseconds. Loads the `tls` module where the caller may (CAP_NET_ADMIN).
     pub fn probe() -> Self {
-        todo!()
+        let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default().trim().to_owned();
+        let no_ulp = Pair::new().and_then(|p| ktls::attach(p.near.as_fd())).err().map(|e| match e.raw_os_error() {
+            Some(libc::ENOENT) => "the kernel has no tls module, or it is not loaded and only root may load it".to_owned(),
+            _ => format!("setsockopt(TCP_ULP, \"tls\"): {e}"),
+        });
+        if no_ulp.is_some() {
+            let none = |(name, _): &(&'static str, _)| SuiteSupport { name, tx: false, rx: false };
+            let suites = PROBED.iter().map(none).collect();
+            return Self { release, no_ulp, suites, rekey: false, short_splice_safe: false, partial_record_wakes: true };
+        }
+        let suites = PROBED.iter().map(|&(name, suite)| SuiteSupport {
+            name,
+            tx: accepts(suite, Direction::Tx).unwrap_or(false),
+            rx: accepts(suite, Direction::Rx).unwrap_or(false),
+        });
+        Self {
+            release,
+            no_ulp,
+            suites: suites.collect(),
+            rekey: accepts_again().unwrap_or(false),
+            short_splice_safe: short_splices_are_whole().unwrap_or(false),
+            partial_record_wakes: partial_record_wakes().unwrap_or(true),
+        }
     }
 
     /// Both directions of every suite of the policy work: what `offload = "require"` needs.
     pub fn offloads_everything(&self) -> bool {
         self.no_ulp.is_none() && !self.suites.is_empty() && self.suites.iter().all(|s| s.tx && s.rx)
     }
+
+    /// Both directions of this suite work.
+    pub fn offloads(&self, suite: SupportedCipherSuite) -> bool {
+        let same = |other: SupportedCipherSuite| {
+            suite.version() == other.version() && cipher(suite) == cipher(other)
+        };
+        let at = PROBED.iter().position(|(_, s)| same(*s));
+        at.and_then(|i| self.suites.get(i)).is_some_and(|s| s.tx && s.rx)
+    }
+}
+
+#[derive(PartialEq, Eq, Clone, Copy)]
+enum Cipher {
+    Aes128Gcm,
+    Aes256Gcm,
+    ChaCha20Poly1305,
+    Other,
+}
+
+fn cipher(suite: SupportedCipherSuite) -> Cipher {
+    use rustls::CipherSuite as S;
+    match suite.suite() {
+        S::TLS13_AES_256_GCM_SHA384
+        | S::TLS_ECDHE_ECDSA_WITH_AES_256_GCM_SHA384
+        | S::TLS_ECDHE_RSA_WITH_AES_256_GCM_SHA384 => Cipher::Aes256Gcm,
+        S::TLS13_AES_128_GCM_SHA256
+        | S::TLS_ECDHE_ECDSA_WITH_AES_128_GCM_SHA256
+        | S::TLS_ECDHE_RSA_WITH_AES_128_GCM_SHA256 => Cipher::Aes128Gcm,
+        S::TLS13_CHACHA20_POLY1305_SHA256
+        | S::TLS_ECDHE_ECDSA_WITH_CHACHA20_POLY1305_SHA256
+        | S::TLS_ECDHE_RSA_WITH_CHACHA20_POLY1305_SHA256 => Cipher::ChaCha20Poly1305,
+        _ => Cipher::Other,
+    }
+}
+
+/// Two ends of one loopback connection, the near one non-blocking.
+struct Pair {
+    near: TcpStream,
+    far: TcpStream,
+}
+
+impl Pair {
+    fn new() -> io::Result<Self> {
+        let listener = TcpListener::bind(("127.0.0.1", 0)).or_else(|_| TcpListener::bind(("::1", 0)))?;
+        let far = TcpStream::connect(listener.local_addr()?)?;
+        let (near, _) = listener.accept()?;
+        near.set_nonblocking(true)?;
+        Ok(Self { near, far })
+    }
+}
+
+/// Fixed keys: they protect nothing but the probe's own bytes on loopback.
+fn keys(suite: SupportedCipherSuite) -> io::Result<Keys> {
+    let version = match suite {
+        SupportedCipherSuite::Tls12(_) => 0x0303,
+        SupportedCipherSuite::Tls13(_) => 0x0304,
+    };
+    match cipher(suite) {
+        Cipher::Aes256Gcm => Ok(Keys::fixed_aes_256_gcm(version)),
+        Cipher::Aes128Gcm => Ok(Keys::fixed_aes_128_gcm(version)),
+        Cipher::ChaCha20Poly1305 => Ok(Keys::fixed_chacha20_poly1305(version)),
+        Cipher::Other => Err(io::ErrorKind::Unsupported.into()),
+    }
+}
+
+fn accepts(suite: SupportedCipherSuite, direction: Direction) -> io::Result<bool> {
+    let pair = Pair::new()?;
+    ktls::attach(pair.near.as_fd())?;
+    keys(suite)?.install(pair.near.as_fd(), direction)?;
+    Ok(true)
+}
+
+fn accepts_again() -> io::Result<bool> {
+    let pair = Pair::new()?;
+    let suite = suites::TLS13_AES_256_GCM_SHA384;
+    ktls::attach(pair.near.as_fd())?;
+    keys(suite)?.install(pair.near.as_fd(), Direction::Tx)?;
+    match keys(suite)?.install(pair.near.as_fd(), Direction::Tx) {
+        Ok(()) => Ok(true),
+        Err(e) if e.raw_os_error() == Some(libc::EBUSY) => Ok(false),
+        Err(e) => Err(e),
+    }
+}
+
+/// Reads records through a pipe of one page, so that every splice is cut short, and compares.
+fn short_splices_are_whole() -> io::Result<bool> {
+    const RECORDS: usize = 3;
+    const RECORD: usize = 16384;
+    let pair = Pair::new()?;
+    let suite = suites::TLS13_AES_256_GCM_SHA384;
+    ktls::attach(pair.far.as_fd())?;
+    keys(suite)?.install(pair.far.as_fd(), Direction::Tx)?;
+    ktls::attach(pair.near.as_fd())?;
+    keys(suite)?.install(pair.near.as_fd(), Direction::Rx)?;
+    let sent: Vec<u8> = (0..RECORDS * RECORD).map(|i| (i % 251) as u8).collect();
+    (&pair.far).write_all(&sent)?;
+    let pipe = Pipe::new(4096)?;
+    let mut got = vec![0u8; sent.len()];
+    let mut at = 0;
+    let mut quiet = 0;
+    while at < got.len() && quiet < 100 {
+        match pipe.fill_from(pair.near.as_fd(), 1 << 16) {
+            Ok(0) => break,
+            Ok(mut inside) => {
+                while inside > 0 && at < got.len() {
+                    let n = pipe.read(&mut got[at..])?;
+                    at += n;
+                    inside = inside.saturating_sub(n);
+                }
+            }
+            Err(e) if socket::is_again(&e) => {
+                quiet += 1;
+                std::thread::sleep(std::time::Duration::from_millis(1));
+            }
+            Err(e) => return Err(e),
+        }
+    }
+    Ok(got == sent)
+}
+
+/// Sends the head of a record and asks whether a poll calls that readable.
+fn partial_record_wakes() -> io::Result<bool> {
+    let pair = Pair::new()?;
+    ktls::attach(pair.near.as_fd())?;
+    keys(suites::TLS13_AES_256_GCM_SHA384)?.install(pair.near.as_fd(), Direction::Rx)?;
+    (&pair.far).write_all(&[23, 3, 3, 0, 64, 1, 2, 3, 4])?;
+    // Loopback delivers within the send; the read makes the kernel look at the partial record first.
+    std::thread::sleep(std::time::Duration::from_millis(2));
+    let mut buffer = [0u8; 64];
+    match socket::recv(pair.near.as_fd(), &mut buffer) {
+        Err(e) if socket::is_again(&e) => {}
+        Err(e) => return Err(e),
+        Ok(_) => return Err(io::ErrorKind::InvalidData.into()),
+    }
+    Ok(socket::poll_now(pair.near.as_fd(), libc::POLLIN)? & libc::POLLIN != 0)
 }

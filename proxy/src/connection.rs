@@ -1,0 +1,128 @@
+//! One connection, every stage in order. Each stage consumes what the one before made, and none calls another.
+//!
+//!   Accepted ─▶ handshake ─▶ connect ─▶ userspace relay ─▶ the door ─▶ kernel relay ─▶ close
+//!                                            └──────── declined ────────────▲
+
+use crate::close;
+use crate::config::Listener;
+use crate::handshake::{Handshaken, handshake};
+use crate::observe::counters::End;
+use crate::offload::{self, Offloaded, through_the_door};
+use crate::pipes::Share;
+use crate::relay::userspace::{Door, Stop, Userspace};
+use crate::relay::{Ended, Link, Spare, Worker};
+use crate::ring::Sock;
+use crate::session::Session;
+use crate::sys::socket;
+use crate::upstream::connect::connect;
+use crate::watch::Watch;
+use crate::worker::Snapshot;
+use std::cell::Cell;
+use std::net::SocketAddr;
+use std::os::fd::OwnedFd;
+use std::rc::Rc;
+use std::sync::Arc;
+
+/// Bytes that may lie unsent in a socket's send queue: what a stalled reader can make the kernel hold for each
+/// connection beyond its own window. Two full turns of the userspace relay, so that it never starves a fast one.
+const UNSENT_BYTES: usize = 256 << 10;
+
+/// A client that has just been accepted.
+pub struct Accepted {
+    pub client: OwnedFd,
+    pub peer: SocketAddr,
+    pub listener: Arc<Listener>,
+    pub share: Rc<Share>,
+    pub turn: Rc<Cell<usize>>,
+    pub snapshot: Rc<Snapshot>,
+    pub watch: Rc<Watch>,
+}
+
+/// The spine. Each stage is boxed, so that what waits holds only the stage it is in.
+pub async fn serve(accepted: Accepted, worker: Rc<Worker>) {
+    let (peer, snapshot) = (accepted.peer, accepted.snapshot.clone());
+    let Some(mut relay) = Box::pin(establish(accepted, &worker)).await else { return };
+
+    let (link, ended, pending) = match relay.run().await {
+        Stop::Over(ended) => (relay.link, ended, relay.to_client),
+        Stop::AtDoor => match through_the_door(*relay, &snapshot.config) {
+            Offloaded::Kernel(kernel) => {
+                let mut kernel = Box::new(kernel);
+                let ended = kernel.run().await;
+                (kernel.link, ended, Spare::default())
+            }
+            Offloaded::Declined(declined, why) => {
+                worker.counters.declined(why);
+                let mut relay = Box::new(declined);
+                let ended = match relay.run().await {
+                    Stop::Over(ended) => ended,
+                    Stop::AtDoor => Ended::abort(End::Internal),
+                };
+                (relay.link, ended, relay.to_client)
+            }
+            Offloaded::Failed(link, ended) => (link, ended, Spare::default()),
+        },
+    };
+
+    report(peer, &worker, ended.how, "relay", "");
+    Box::pin(close::close(link, ended, pending)).await;
+}
+
+/// Handshake and connect. `None`: the connection has ended there.
+async fn establish(accepted: Accepted, worker: &Rc<Worker>) -> Option<Box<Userspace>> {
+    let Accepted { client, peer, listener, share, turn, snapshot, watch } = accepted;
+    let limits = &snapshot.config.limits;
+    let mut client = Sock::new(client);
+    let _ = socket::set_nodelay(client.fd());
+    let _ = socket::set_unsent_limit(client.fd(), UNSENT_BYTES);
+    let session = match Session::new(snapshot.tls.clone(), limits.records_per_key) {
+        Ok(session) => session,
+        Err(e) => {
+            report(peer, worker, End::Internal, "handshake", &e.to_string());
+            return None;
+        }
+    };
+    let exact = listener.offload != crate::config::Offload::Off && offload::offload_after(&listener) == 0;
+    watch.allow(limits.handshake_timeout);
+    let Handshaken { session, leftover } = match handshake(&mut client, &watch, session, exact).await {
+        Ok(done) => done,
+        Err(failure) => {
+            report(peer, worker, failure.how, "handshake", &failure.reason);
+            close::refuse(client, &watch, worker, failure.alert).await;
+            return None;
+        }
+    };
+    worker.counters.handshakes.add(1);
+    let details = session.details();
+    tracing::debug!(%peer, version = ?details.version, suite = ?details.suite, group = ?details.group,
+        "handshake complete");
+    let door = offload::plan(&listener, &worker.kernel, &session).unwrap_or_else(|why| {
+        worker.counters.declined(why);
+        Door::Shut
+    });
+    let upstream = match connect(&listener.upstream, &turn, &watch, limits.connect_timeout).await {
+        Ok(upstream) => upstream,
+        Err(failure) => {
+            report(peer, worker, failure.how, "connect", &failure.reason);
+            // A FIN without a close_notify: nothing has come to a clean end.
+            drop(session);
+            close::refuse(client, &watch, worker, Spare::default()).await;
+            return None;
+        }
+    };
+    let _ = socket::set_unsent_limit(upstream.fd(), UNSENT_BYTES);
+    watch.forgive();
+    watch.allow(limits.idle_timeout);
+    let link = Link { client, upstream, watch, worker: worker.clone(), share, moved_up: 0, moved_down: 0 };
+    Some(Box::new(Userspace::new(link, session, leftover, door)))
+}
+
+/// Counts the end, and logs one that is not clean.
+fn report(peer: SocketAddr, worker: &Worker, how: End, stage: &str, reason: &str) {
+    worker.counters.ended(how);
+    match how {
+        End::Clean => tracing::debug!(%peer, stage, "connection closed"),
+        End::Internal => tracing::error!(%peer, stage, how = how.to_string(), reason, "connection ended"),
+        _ => tracing::info!(%peer, stage, how = how.to_string(), reason, "connection ended"),
+    }
+}

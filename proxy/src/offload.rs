@@ -1,0 +1,91 @@
+//! Hands a TLS session to the kernel.
+//!
+//!   Userspace ──can the kernel?──no──▶ Declined(Userspace, reason)
+//!       │ yes
+//!      ULP
+//!       │      one-way door: the rustls session is consumed here
+//!       ▼
+//!   TLS_TX ─▶ TLS_RX ─▶ Kernel
+//!
+//! Every reason to decline is tested above the door, because below it no session is left to fall back to: a failure
+//! there ends the connection. The relay comes here only at the boundary of a record with nothing left to send, so the
+//! sequence numbers are exact. This module moves no bytes and reads no records.
+
+use crate::config::{Config, Listener, Offload, OffloadAfter};
+use crate::observe::counters::{Decline, End};
+use crate::probe;
+use crate::relay::kernel::{Kernel, KernelKeys};
+use crate::relay::userspace::{Door, Userspace};
+use crate::relay::{Ended, Link};
+use crate::session::Session;
+use crate::sys::ktls::{self, Direction, Keys};
+
+/// `offload_after = "auto"`, in bytes: below it, setting kTLS up costs more than it saves. One row until more series
+/// have been measured.
+const OFFLOAD_AFTER_AUTO_BYTES: u64 = 128 << 10;
+
+/// When this connection goes through the door, or why it never does.
+pub fn plan(listener: &Listener, kernel: &probe::Kernel, session: &Session) -> Result<Door, Decline> {
+    if listener.offload == Offload::Off {
+        return Err(Decline::Off);
+    }
+    if kernel.no_ulp.is_some() {
+        return Err(Decline::NoUlp);
+    }
+    if !session.suite().is_some_and(|suite| kernel.offloads(suite)) {
+        return Err(Decline::Cipher);
+    }
+    Ok(Door::After(offload_after(listener)))
+}
+
+/// The listener's threshold in bytes.
+pub fn offload_after(listener: &Listener) -> u64 {
+    match listener.offload_after {
+        OffloadAfter::Auto => OFFLOAD_AFTER_AUTO_BYTES,
+        OffloadAfter::Bytes(n) => n,
+    }
+}
+
+/// What came of an attempt. The relay that stays has its door shut.
+#[expect(clippy::large_enum_variant, reason = "moved once, and boxing either would cost an allocation for each connection")]
+pub enum Offloaded {
+    Kernel(Kernel),
+    Declined(Userspace, Decline),
+    /// Below the door something failed that should not have.
+    Failed(Link, Ended),
+}
+
+/// Takes a relay that stands at the door through it.
+pub fn through_the_door(mut relay: Userspace, config: &Config) -> Offloaded {
+    relay.door = Door::Shut;
+    if relay.session.rekeyed && !relay.link.worker.kernel.rekey {
+        // A client that has changed its keys once does so again, and this kernel could not follow.
+        return Offloaded::Declined(relay, Decline::Rekeyed);
+    }
+    if ktls::attach(relay.link.client.fd()).is_err() {
+        return Offloaded::Declined(relay, Decline::Socket);
+    }
+    let Userspace { link, session, to_upstream, up, down, .. } = relay;
+    let failed = |link: Link, stage: &str, reason: String| {
+        tracing::warn!(stage, reason, "offload failed below the door");
+        Offloaded::Failed(link, Ended::abort(End::Internal))
+    };
+    let (secrets, keys) = match session.into_kernel() {
+        Ok(both) => both,
+        Err(e) => return failed(link, "take the secrets", e.to_string()),
+    };
+    let suite = keys.negotiated_cipher_suite();
+    let sequence = secrets.tx.0;
+    for (direction, secret) in [(Direction::Tx, secrets.tx), (Direction::Rx, secrets.rx)] {
+        let installed = match Keys::new(suite, direction, secret) {
+            Some(keys) => keys.install(link.client.fd(), direction).map_err(|e| e.to_string()),
+            None => Err("no such suite in the kernel".to_owned()),
+        };
+        if let Err(reason) = installed {
+            return failed(link, &format!("install {direction:?} keys"), reason);
+        }
+    }
+    link.worker.counters.offloaded.add(1);
+    let keys = KernelKeys::new(keys, sequence, config.limits.records_per_key);
+    Offloaded::Kernel(Kernel::new(link, keys, to_upstream, up, down))
+}

@@ -1,0 +1,295 @@
+//! Both directions of one established connection, until both have ended.
+//!
+//!              ┌────────────── up ──────────────▶
+//!   client ────┤                                 upstream
+//!              ◀───────────── down ──────────────┘
+//!
+//! `userspace` opens and seals records itself (rustls); `kernel` splices over a TLS socket. Both are one hand-written
+//! future that holds no buffer and no pipe while nothing moves, and both keep the same rules of ending, which are here.
+
+mod flow;
+pub mod kernel;
+mod keys;
+pub mod record;
+pub mod userspace;
+
+use crate::observe::counters::{Counters, End};
+use crate::pipes::Share;
+use crate::ring::Sock;
+use crate::sys::socket;
+use crate::watch::{Verdict, Watch};
+use std::io;
+use std::rc::Rc;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+/// Bytes that one direction moves before the other connections of the worker have their turn.
+pub const TURN_BYTES: usize = 1 << 20;
+/// Bytes read at once when copying, and so what a stalled reader can make one direction hold.
+pub const COPY_BYTES: usize = 128 << 10;
+/// How long the other direction may be silent once one has ended without hope of more: a client that is gone without
+/// a close_notify, an upstream that has said all. A clean half-close of the client has `idle_timeout`, as it waits
+/// for an answer.
+pub const HALF_OPEN_TIMEOUT: Duration = Duration::from_secs(60);
+/// After a KeyUpdate that the kernel cannot follow, the download has ended when it was silent for this long.
+pub const NO_REKEY_QUIET: Duration = Duration::from_secs(5);
+
+/// The two sockets of a connection, and what every stage after the handshake needs.
+pub struct Link {
+    pub client: Sock,
+    pub upstream: Sock,
+    pub watch: Rc<Watch>,
+    pub worker: Rc<Worker>,
+    pub share: Rc<Share>,
+    /// Plaintext bytes handed on, up and down.
+    pub moved_up: u64,
+    pub moved_down: u64,
+}
+
+/// What a worker lends to its connections.
+pub struct Worker {
+    pub counters: std::sync::Arc<Counters>,
+    pub kernel: std::sync::Arc<crate::probe::Kernel>,
+    pub splice: crate::config::SpliceMode,
+    pub scratch: std::cell::RefCell<Scratch>,
+}
+
+/// Buffers of the worker, borrowed within one turn and never across one.
+pub struct Scratch {
+    /// What a socket gave.
+    pub received: Box<[u8]>,
+    /// Records opened.
+    pub plain: Vec<u8>,
+    /// Records sealed.
+    pub sealed: Box<[u8]>,
+}
+
+impl Scratch {
+    pub fn new() -> Self {
+        let received = COPY_BYTES + crate::session::RECORD_WIRE_BYTES;
+        Self {
+            received: vec![0; received].into_boxed_slice(),
+            plain: Vec::with_capacity(received),
+            sealed: vec![0; crate::session::sealed_bytes(COPY_BYTES)].into_boxed_slice(),
+        }
+    }
+}
+
+impl Default for Scratch {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+/// The direction from the client to the upstream.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Up {
+    Open,
+    /// The client's close_notify is in; what came before it is still on its way.
+    Closing,
+    /// All was handed on, and the FIN after it.
+    Finished,
+    /// Nothing more is read, and the upstream will get a reset: the stream did not end cleanly.
+    Broken(End),
+}
+
+/// The direction from the upstream to the client.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Down {
+    Open,
+    /// The upstream's FIN is in; what came before it is still on its way, then close_notify and FIN.
+    Closing,
+    /// close_notify is behind it, and the FIN follows when both are out.
+    Notified,
+    /// close_notify and FIN are out.
+    Finished,
+    /// The upstream's reset is in; what came before it is still on its way, then a reset.
+    Broken,
+}
+
+/// How a relay came to its end, for `close`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Ended {
+    pub how: End,
+    pub client: ClientEnd,
+    pub upstream: UpstreamEnd,
+}
+
+/// What is left to do for the client.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ClientEnd {
+    /// FIN is out: read and discard until the client's own, so that nothing unread turns the close into a reset.
+    Discard,
+    /// FIN is out and reading is impossible: wait until all is acknowledged, then for the client's FIN.
+    Await,
+    /// Reset.
+    Reset,
+}
+
+/// What is left to do for the upstream.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum UpstreamEnd {
+    Close,
+    Reset,
+}
+
+impl Ended {
+    /// Neither side gets a clean end.
+    pub fn abort(how: End) -> Self {
+        Self { how, client: ClientEnd::Reset, upstream: UpstreamEnd::Reset }
+    }
+}
+
+/// What a direction did in its turn.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Turn {
+    /// Nothing more to do until a socket is ready.
+    Wait,
+    /// There is more, and the others come first.
+    Again,
+}
+
+/// The ends of both directions taken together: `Some` when the relay is over.
+pub fn over(up: Up, down: Down) -> Option<Ended> {
+    match (up, down) {
+        (_, Down::Open | Down::Closing | Down::Notified | Down::Broken) => None,
+        (Up::Open | Up::Closing, Down::Finished) => None,
+        (Up::Finished, Down::Finished) => {
+            Some(Ended { how: End::Clean, client: ClientEnd::Discard, upstream: UpstreamEnd::Close })
+        }
+        (Up::Broken(how), Down::Finished) => {
+            let client = if how == End::NoRekey { ClientEnd::Await } else { ClientEnd::Discard };
+            Some(Ended { how, client, upstream: UpstreamEnd::Reset })
+        }
+    }
+}
+
+/// What a silent connection's timeout means, given how far both directions have come.
+pub fn timed_out(up: Up, down: Down, verdict: Verdict) -> Ended {
+    let how = match (verdict, up) {
+        (Verdict::Cut, _) => End::Drained,
+        (Verdict::TimedOut, Up::Broken(how)) => how,
+        (Verdict::TimedOut, Up::Open | Up::Closing | Up::Finished) => End::Idle,
+    };
+    if verdict == Verdict::TimedOut && down == Down::Finished {
+        // The client got everything, and its close_notify; it is the client that says no more.
+        let upstream = if up == Up::Finished { UpstreamEnd::Close } else { UpstreamEnd::Reset };
+        return Ended { how, client: ClientEnd::Discard, upstream };
+    }
+    Ended::abort(how)
+}
+
+/// Bytes of ours on their way out: what a send did not take.
+#[derive(Default)]
+pub struct Spare {
+    bytes: Vec<u8>,
+    at: usize,
+}
+
+impl Spare {
+    pub fn is_empty(&self) -> bool {
+        self.at == self.bytes.len()
+    }
+
+    /// Unsent bytes.
+    pub fn len(&self) -> usize {
+        self.bytes.len() - self.at
+    }
+
+    pub fn push(&mut self, bytes: &[u8]) {
+        self.bytes.extend_from_slice(bytes);
+    }
+
+    pub fn clear(&mut self) {
+        *self = Self::default();
+    }
+
+    /// Sends what is there. True when nothing is left; the memory is given back then.
+    pub fn flush(&mut self, to: &mut Sock) -> io::Result<bool> {
+        while !self.is_empty() {
+            if !to.writable {
+                return Ok(false);
+            }
+            let wanted = self.len();
+            let n = send(to, &self.bytes[self.at..])?;
+            self.at += n;
+            if n < wanted && !to.writable {
+                return Ok(false);
+            }
+        }
+        *self = Self::default();
+        Ok(true)
+    }
+
+    /// Sends `bytes` after what is there already, and keeps what is not taken.
+    pub fn send(&mut self, to: &mut Sock, bytes: &[u8]) -> io::Result<()> {
+        let mut at = 0;
+        if self.flush(to)? {
+            at = send(to, bytes)?;
+        }
+        if at < bytes.len() {
+            self.bytes.extend_from_slice(&bytes[at..]);
+        }
+        Ok(())
+    }
+}
+
+/// send(2) until all is taken or the socket is full, which is noted.
+fn send(to: &mut Sock, bytes: &[u8]) -> io::Result<usize> {
+    let mut at = 0;
+    while at < bytes.len() {
+        match socket::send(to.fd(), &bytes[at..]) {
+            Ok(n) => at += n,
+            Err(e) if socket::is_again(&e) => {
+                to.writable = false;
+                break;
+            }
+            Err(e) => return Err(e),
+        }
+    }
+    Ok(at)
+}
+
+impl Link {
+    /// Arms what is wanted and takes up what has come: `Ready` when a direction may go on, or time is up.
+    pub fn poll_ready(&mut self, cx: &mut Context<'_>, want: Want) -> Poll<Result<(), Verdict>> {
+        if want.client_read {
+            self.client.arm_read();
+        }
+        if want.client_write {
+            self.client.arm_write();
+        }
+        if want.upstream_read {
+            self.upstream.arm_read();
+        }
+        if want.upstream_write {
+            self.upstream.arm_write();
+        }
+        let ready = self.client.take_up(cx) | self.upstream.take_up(cx);
+        if let Some(verdict) = self.watch.verdict() {
+            return Poll::Ready(Err(verdict));
+        }
+        if ready {
+            return Poll::Ready(Ok(()));
+        }
+        self.watch.register(cx.waker());
+        Poll::Pending
+    }
+}
+
+/// The readiness a relay waits for.
+#[derive(Debug, Default, Clone, Copy)]
+pub struct Want {
+    pub client_read: bool,
+    pub client_write: bool,
+    pub upstream_read: bool,
+    pub upstream_write: bool,
+}
+
+/// Whether an error of a socket means that the peer is gone, not that we did something wrong.
+pub fn is_gone(error: &io::Error) -> bool {
+    matches!(
+        error.raw_os_error(),
+        Some(libc::ECONNRESET | libc::EPIPE | libc::ECONNABORTED | libc::ETIMEDOUT | libc::EHOSTUNREACH | libc::ENETUNREACH)
+    )
+}

@@ -1,0 +1,146 @@
+//! Readiness through the ring: one-shot POLL_ADD on a socket, and splices that the ring runs.
+//!
+//!   want bytes ──▶ arm POLL_ADD ──▶ (submitted when the thread parks) ──▶ completion ──▶ `readable`
+//!
+//! An operation in flight holds the socket open, and dropping its future cancels nothing: so a `Sock` is cancelled
+//! before it is dropped, or the descriptor outlives the connection.
+
+use crate::sys::pipe::Pipe;
+use io_uring::squeue::Flags;
+use io_uring::types::{CancelBuilder, Fd};
+use io_uring::{cqueue, opcode};
+use std::future::Future;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::pin::Pin;
+use std::rc::Rc;
+use std::task::{Context, Poll};
+use tokio_uring::{InFlightOneshot, OneshotOutputTransform, UnsubmittedOneshot};
+
+/// The completion's result; the data kept alive by the operation is dropped.
+struct ResultOf<D>(std::marker::PhantomData<D>);
+
+impl<D> OneshotOutputTransform for ResultOf<D> {
+    type Output = io::Result<usize>;
+    type StoredData = D;
+    fn transform_oneshot_output(self, _: D, cqe: cqueue::Entry) -> io::Result<usize> {
+        usize::try_from(cqe.result()).map_err(|_| io::Error::from_raw_os_error(-cqe.result()))
+    }
+}
+
+type Op<D> = InFlightOneshot<D, ResultOf<D>>;
+
+fn submit<D: Unpin + 'static>(keep: D, sqe: io_uring::squeue::Entry) -> Op<D> {
+    UnsubmittedOneshot::new(keep, ResultOf(std::marker::PhantomData), sqe).submit()
+}
+
+/// A non-blocking socket and what is known of its readiness.
+pub struct Sock {
+    fd: Rc<OwnedFd>,
+    reading: Option<Op<Rc<OwnedFd>>>,
+    writing: Option<Op<Rc<OwnedFd>>>,
+    /// A read may give something. Cleared by whoever saw EAGAIN or a short read.
+    pub readable: bool,
+    /// A write may take something. Cleared by whoever saw EAGAIN.
+    pub writable: bool,
+}
+
+impl Sock {
+    pub fn new(fd: OwnedFd) -> Self {
+        Self { fd: Rc::new(fd), reading: None, writing: None, readable: true, writable: true }
+    }
+
+    pub fn fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+
+    /// Asks for a wake-up when the socket is readable, unless one is asked for already.
+    pub fn arm_read(&mut self) {
+        if self.reading.is_none() {
+            self.reading = Some(self.poll_add(libc::POLLIN | libc::POLLRDHUP));
+        }
+    }
+
+    /// Asks for a wake-up when the socket is writable, unless one is asked for already.
+    pub fn arm_write(&mut self) {
+        if self.writing.is_none() {
+            self.writing = Some(self.poll_add(libc::POLLOUT));
+        }
+    }
+
+    pub fn read_armed(&self) -> bool {
+        self.reading.is_some()
+    }
+
+    fn poll_add(&self, events: i16) -> Op<Rc<OwnedFd>> {
+        let sqe = opcode::PollAdd::new(Fd(self.fd.as_raw_fd()), events as u16 as u32).build();
+        submit(self.fd.clone(), sqe)
+    }
+
+    /// Takes up what has completed: true if `readable` or `writable` became true.
+    pub fn take_up(&mut self, cx: &mut Context<'_>) -> bool {
+        let read = completed(&mut self.reading, cx);
+        let written = completed(&mut self.writing, cx);
+        self.readable |= read;
+        self.writable |= written;
+        read | written
+    }
+
+    /// Ends what is in flight, so that dropping this closes the socket.
+    pub async fn cancel(&mut self) {
+        if self.reading.is_none() && self.writing.is_none() {
+            return;
+        }
+        let all = CancelBuilder::fd(Fd(self.fd.as_raw_fd())).all();
+        // ENOENT: they completed by themselves meanwhile. Either way each ends, and is waited for here.
+        let _ = submit(self.fd.clone(), opcode::AsyncCancel2::new(all).build()).await;
+        if let Some(op) = self.reading.take() {
+            let _ = op.await;
+        }
+        if let Some(op) = self.writing.take() {
+            let _ = op.await;
+        }
+    }
+}
+
+fn completed(slot: &mut Option<Op<Rc<OwnedFd>>>, cx: &mut Context<'_>) -> bool {
+    let Some(op) = slot else { return false };
+    // An error of the poll itself is found again, with its name, by the read or write that follows.
+    let done = Pin::new(op).poll(cx).is_ready();
+    if done {
+        *slot = None;
+    }
+    done
+}
+
+/// A splice that runs on the ring's worker threads. It never waits: with data or room lacking it says EAGAIN.
+pub struct RingSplice(Op<(Rc<OwnedFd>, Rc<Pipe>)>);
+
+impl RingSplice {
+    /// Socket to pipe, at once.
+    pub fn fill(socket: &Sock, pipe: &Rc<Pipe>, max: usize) -> Self {
+        let sqe = splice(socket.fd().as_raw_fd(), pipe.writer().as_raw_fd(), max);
+        Self(submit((socket.fd.clone(), pipe.clone()), sqe))
+    }
+
+    /// Pipe to socket: at once, or linked behind a POLL_ADD when the socket is not known to be writable.
+    pub fn drain(pipe: &Rc<Pipe>, socket: &Sock, max: usize) -> Self {
+        if !socket.writable {
+            let poll = opcode::PollAdd::new(Fd(socket.fd.as_raw_fd()), libc::POLLOUT as u32).build();
+            // Nobody waits for it: its completion starts the splice, its failure cancels it. Should the queue be
+            // flushed between the two, the splice runs unlinked and says EAGAIN, which is as good.
+            drop(submit(socket.fd.clone(), poll.flags(Flags::IO_LINK)));
+        }
+        let sqe = splice(pipe.reader().as_raw_fd(), socket.fd.as_raw_fd(), max);
+        Self(submit((socket.fd.clone(), pipe.clone()), sqe))
+    }
+
+    pub fn poll(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.0).poll(cx)
+    }
+}
+
+fn splice(from: i32, to: i32, max: usize) -> io_uring::squeue::Entry {
+    let max = u32::try_from(max).unwrap_or(u32::MAX);
+    opcode::Splice::new(Fd(from), -1, Fd(to), -1, max).flags(libc::SPLICE_F_NONBLOCK).build()
+}

@@ -1,0 +1,3 @@
+//! The servers behind us.
+
+pub mod connect;

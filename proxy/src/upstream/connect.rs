@@ -1,0 +1,82 @@
+//! Connects to one of an upstream's servers: the next in turn, then each of the others once.
+
+use crate::close::writable;
+use crate::config::{ServerAddress, Upstream};
+use crate::observe::counters::End;
+use crate::ring::Sock;
+use crate::sys::socket;
+use crate::watch::{Verdict, Watch};
+use socket2::{Domain, SockAddr, Socket, Type};
+use std::cell::Cell;
+use std::io;
+use std::os::fd::AsFd;
+use std::time::Duration;
+
+/// A unix listener whose backlog is full answers EAGAIN and wakes nobody.
+const UNIX_BACKLOG_RETRY: Duration = Duration::from_millis(20);
+
+/// Why no server could be reached.
+pub struct Failure {
+    pub how: End,
+    pub reason: String,
+}
+
+/// Connects, within what the watch allows for each server. `turn` counts the connections of this worker.
+pub async fn connect(upstream: &Upstream, turn: &Cell<usize>, watch: &Watch, each: Duration) -> Result<Sock, Failure> {
+    let first = turn.replace(turn.get().wrapping_add(1));
+    let mut failure = Failure { how: End::ConnectFailed, reason: String::new() };
+    for n in 0..upstream.servers.len() {
+        let server = &upstream.servers[first.wrapping_add(n) % upstream.servers.len()];
+        watch.forgive();
+        watch.allow(each);
+        match one(server, watch).await {
+            Ok(sock) => return Ok(sock),
+            Err(e) => {
+                let name = match server {
+                    ServerAddress::Tcp(address) => address.to_string(),
+                    ServerAddress::Unix(path) => format!("unix:{}", path.display()),
+                };
+                failure.how = match e.kind() {
+                    io::ErrorKind::TimedOut => End::ConnectTimeout,
+                    _ => End::ConnectFailed,
+                };
+                failure.reason = format!("connect to upstream {} at {name}: {e}", upstream.name);
+            }
+        }
+        if watch.verdict() == Some(Verdict::Cut) {
+            failure.how = End::Drained;
+            break;
+        }
+    }
+    Err(failure)
+}
+
+async fn one(server: &ServerAddress, watch: &Watch) -> io::Result<Sock> {
+    let (domain, address) = match server {
+        ServerAddress::Tcp(address) => (Domain::for_address(*address), SockAddr::from(*address)),
+        ServerAddress::Unix(path) => (Domain::UNIX, SockAddr::unix(path)?),
+    };
+    let socket = Socket::new(domain, Type::STREAM.nonblocking().cloexec(), None)?;
+    if domain != Domain::UNIX {
+        socket::set_nodelay(socket.as_fd())?;
+    }
+    loop {
+        match socket.connect(&address) {
+            Ok(()) => return Ok(Sock::new(socket.into())),
+            Err(e) if e.raw_os_error() == Some(libc::EINPROGRESS) => break,
+            Err(e) if socket::is_again(&e) && watch.verdict().is_none() => tokio::time::sleep(UNIX_BACKLOG_RETRY).await,
+            Err(e) if socket::is_again(&e) => return Err(io::ErrorKind::TimedOut.into()),
+            Err(e) => return Err(e),
+        }
+    }
+    let mut sock = Sock::new(socket.into());
+    sock.writable = false;
+    let in_time = writable(&mut sock, watch).await;
+    let result = match socket::take_error(sock.fd()) {
+        Ok(None) if in_time => return Ok(sock),
+        Ok(None) => Err(io::ErrorKind::TimedOut.into()),
+        Ok(Some(e)) | Err(e) => Err(e),
+    };
+    sock.cancel().await;
+    result
+}
