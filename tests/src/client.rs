@@ -261,7 +261,7 @@ const READ_BYTES: usize = 1 << 17;
 
 impl Rx {
     /// Waits for the next thing. After close_notify it is FIN, reset, or what must not come any more.
-    pub fn next(&mut self) -> Result<Received<'_>> {
+    pub fn receive(&mut self) -> Result<Received<'_>> {
         loop {
             let (range, kind) = match self.record()? {
                 Wire::Record(range) => {
@@ -367,7 +367,7 @@ impl Rx {
     pub fn read(&mut self, limit: u64, mut each: impl FnMut(u64, &[u8]) -> Result<()>) -> Result<Option<Ended>> {
         let mut bytes = 0;
         while bytes < limit {
-            let how = match self.next()? {
+            let how = match self.receive()? {
                 Received::Data(data) => {
                     each(bytes, data)?;
                     bytes += data.len() as u64;
@@ -405,7 +405,7 @@ impl Rx {
 
     fn ends_in_fin(&mut self) -> Result<bool> {
         loop {
-            match self.next() {
+            match self.receive() {
                 Ok(Received::Fin { .. }) => return Ok(true),
                 Ok(Received::Reset) => return Ok(false),
                 // A fatal alert may follow a warning.

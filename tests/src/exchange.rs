@@ -106,6 +106,8 @@ pub fn run(mut client: Client, plan: &Plan) -> Result<Outcome> {
         // The server may be gone; it has had its FIN.
         let _ = client.tx.close_notify();
     }
+    // A client that lingered would be lingered for.
+    let _ = client.tx.fin();
     let key_updates_sent = client.tx.key_updates;
     Ok(Outcome { client, ended, key_updates_sent })
 }

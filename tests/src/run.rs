@@ -17,11 +17,13 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
+type Claim = dyn Fn(&Context) -> Result<()> + Send + Sync;
+
 /// One claim, and the time that it may take.
 pub struct Test {
     pub name: String,
     pub limit: Duration,
-    pub run: Box<dyn Fn(&Context) -> Result<()> + Send + Sync>,
+    pub run: Box<Claim>,
 }
 
 /// For tests that say nothing else: natively, and under emulation.

@@ -4,8 +4,11 @@ pub mod bulk;
 pub mod closing;
 pub mod door;
 pub mod first_request;
+pub mod java;
 pub mod key_update;
 pub mod peers;
+pub mod programs;
+pub mod real_clients;
 pub mod slow_readers;
 
 use crate::environment::{Environment, Kernel};
@@ -15,6 +18,8 @@ use crate::run::Test;
 pub fn tests(env: &Environment) -> Vec<Test> {
     let mut tests = Vec::new();
     tests.extend(peers::tests(env));
+    tests.extend(real_clients::tests(env));
+    tests.extend(java::tests(env));
     tests.extend(bulk::tests(env));
     tests.extend(first_request::tests(env));
     tests.extend(door::tests(env));
@@ -25,7 +30,9 @@ pub fn tests(env: &Environment) -> Vec<Test> {
 }
 
 /// A prefix of a test's name, and the kernels on which it may be skipped.
-const MAY_SKIP: [(&str, fn(Kernel) -> bool); 1] = [
+type MaySkip = (&'static str, fn(Kernel) -> bool);
+
+const MAY_SKIP: [MaySkip; 1] = [
     // No image of a guest holds a JDK.
     ("a_java_client", |kernel| matches!(kernel, Kernel::Guest(_))),
 ];

@@ -284,27 +284,29 @@ pub struct Request {
     pub hold: bool,
     /// The upstream reads little at a time and rests in between.
     pub slow: bool,
+    /// The upstream ends its half when both bodies are complete: a program that leaves at the server's end has sent all.
+    pub together: bool,
 }
 
 pub const REQUEST_BYTES: usize = 32;
-const MAGIC: &[u8; 8] = b"01234567";
+const MAGIC: &[u8; 7] = b"0123456";
 
 impl Request {
     pub fn new(up: u64, down: u64) -> Self {
-        Self { up, down, in_turn: false, digits: false, hold: false, slow: false }
+        Self { up, down, in_turn: false, digits: false, hold: false, slow: false, together: false }
     }
 
     /// Digits alone, so that it may be typed into any program.
     pub fn encode(&self) -> [u8; REQUEST_BYTES] {
         let flag = |on: bool| if on { '1' } else { '0' };
-        let flags = [self.in_turn, self.digits, self.hold, self.slow].map(flag);
+        let flags = [self.in_turn, self.digits, self.hold, self.slow, self.together].map(flag);
         let flags: String = flags.iter().collect();
-        let text = format!("01234567{flags}{:010}{:010}", self.up, self.down);
-        text.as_bytes().try_into().expect("8 + 4 + 10 + 10 digits")
+        let text = format!("0123456{flags}{:010}{:010}", self.up, self.down);
+        text.as_bytes().try_into().expect("7 + 5 + 10 + 10 digits")
     }
 
     fn decode(bytes: &[u8; REQUEST_BYTES]) -> Result<Self> {
-        ensure!(bytes.starts_with(MAGIC), "upstream: the request begins with {:02x?}", &bytes[..8]);
+        ensure!(bytes.starts_with(MAGIC), "upstream: the request begins with {:02x?}", &bytes[..7]);
         let number = |range: std::ops::Range<usize>| -> Result<u64> {
             Ok(std::str::from_utf8(&bytes[range]).context("a request of digits")?.parse()?)
         };
@@ -312,10 +314,11 @@ impl Request {
         Ok(Self {
             up: number(12..22)?,
             down: number(22..32)?,
-            in_turn: flag(8),
-            digits: flag(9),
-            hold: flag(10),
-            slow: flag(11),
+            in_turn: flag(7),
+            digits: flag(8),
+            hold: flag(9),
+            slow: flag(10),
+            together: flag(11),
         })
     }
 }
@@ -333,13 +336,20 @@ pub fn exchange(stream: Stream) -> Result<Served> {
     }
     let request = Request::decode(&head)?;
     let uploaded = (Mutex::new(false), std::sync::Condvar::new());
+    let wait_for_upload = || {
+        let done = uploaded.1.wait_while(uploaded.0.lock().expect("no holder panics"), |done| !*done);
+        drop(done.expect("no holder panics"));
+    };
+    let wait_for_upload = &wait_for_upload;
     thread::scope(|scope| {
         let send = || -> u64 {
             if request.in_turn {
-                let done = uploaded.1.wait_while(uploaded.0.lock().expect("no holder panics"), |done| !*done);
-                drop(done.expect("no holder panics"));
+                wait_for_upload();
             }
             let sent = send_pattern(&stream, request.down);
+            if request.together {
+                wait_for_upload();
+            }
             if !request.hold && sent == request.down {
                 // The client may have reset it by now: the reader sees that.
                 let _ = stream.fin();
@@ -410,7 +420,15 @@ mod tests {
 
     #[test]
     fn a_request_survives_its_encoding() {
-        let request = Request { up: 1 << 31, down: 16_385, in_turn: true, digits: false, hold: true, slow: false };
+        let request = Request {
+            up: 1 << 31,
+            down: 16_385,
+            in_turn: true,
+            digits: false,
+            hold: true,
+            slow: false,
+            together: true,
+        };
         assert_eq!(Request::decode(&request.encode()).expect("it is one"), request);
     }
 }
