@@ -6,7 +6,7 @@
 use crate::config::Listener;
 use crate::connection::{Accepted, serve};
 use crate::pipes::Share;
-use crate::ring::Sock;
+use crate::ring::{NextTurn, Sock};
 use crate::sys::socket;
 use crate::worker::Core;
 use std::cell::{Cell, RefCell};
@@ -82,7 +82,7 @@ pub async fn accept_loop(listening: Rc<Listening>, core: Rc<Core>) {
         match accept_batch(&listening, &core) {
             Ok(Batch::More) => {
                 pausing = false;
-                tokio::task::yield_now().await;
+                NextTurn::new().await;
             }
             Ok(Batch::Empty) if listening.closing.get() => break,
             Ok(Batch::Empty) => {

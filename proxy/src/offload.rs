@@ -39,11 +39,16 @@ pub fn plan(listener: &Listener, kernel: &probe::Kernel, session: &Session) -> R
 }
 
 /// The listener's threshold in bytes.
-pub fn offload_after(listener: &Listener) -> u64 {
+fn offload_after(listener: &Listener) -> u64 {
     match listener.offload_after {
         OffloadAfter::Auto => OFFLOAD_AFTER_AUTO_BYTES,
         OffloadAfter::Bytes(n) => n,
     }
+}
+
+/// The connection goes through the door as soon as its handshake is complete, if the suite allows.
+pub fn is_immediate(listener: &Listener, kernel: &probe::Kernel) -> bool {
+    listener.offload != Offload::Off && kernel.no_ulp.is_none() && offload_after(listener) == 0
 }
 
 /// What came of an attempt. The relay that stays has its door shut.

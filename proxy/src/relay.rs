@@ -15,12 +15,14 @@ pub mod userspace;
 
 use crate::observe::counters::{Counters, End};
 use crate::pipes::Share;
-use crate::ring::Sock;
+use crate::ring::{NextTurn, Sock};
 use crate::sys::socket;
 use crate::watch::{Verdict, Watch};
+use std::future::Future;
 use std::io;
+use std::pin::Pin;
 use std::rc::Rc;
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 /// Bytes that one direction moves before the other connections of the worker have their turn.
@@ -41,6 +43,8 @@ pub struct Link {
     pub watch: Rc<Watch>,
     pub worker: Rc<Worker>,
     pub share: Rc<Share>,
+    /// A direction has more to do when the others have had their turn.
+    pub next_turn: Option<NextTurn>,
     /// Plaintext bytes handed on, up and down.
     pub moved_up: u64,
     pub moved_down: u64,
@@ -251,6 +255,14 @@ fn send(to: &mut Sock, bytes: &[u8]) -> io::Result<usize> {
 }
 
 impl Link {
+    /// Waits for the connection's next turn, begun by the first call.
+    pub fn poll_next_turn(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        let turn = self.next_turn.get_or_insert_default();
+        ready!(Pin::new(turn).poll(cx));
+        self.next_turn = None;
+        Poll::Ready(())
+    }
+
     /// Arms what is wanted and takes up what has come: `Ready` when a direction may go on, or time is up.
     pub fn poll_ready(&mut self, cx: &mut Context<'_>, want: Want) -> Poll<Result<(), Verdict>> {
         if want.client_read {

@@ -88,7 +88,8 @@ impl Sock {
 
     /// Ends what is in flight, so that dropping this closes the socket.
     pub async fn cancel(&mut self) {
-        if self.reading.is_none() && self.writing.is_none() {
+        // Every operation in flight holds the descriptor, those of `RingSplice` included.
+        if Rc::strong_count(&self.fd) == 1 {
             return;
         }
         let all = CancelBuilder::fd(Fd(self.fd.as_raw_fd())).all();
@@ -143,4 +144,29 @@ impl RingSplice {
 fn splice(from: i32, to: i32, max: usize) -> io_uring::squeue::Entry {
     let max = u32::try_from(max).unwrap_or(u32::MAX);
     opcode::Splice::new(Fd(from), -1, Fd(to), -1, max).flags(libc::SPLICE_F_NONBLOCK).build()
+}
+
+/// The worker's next turn, after everything that is ready now and after the ring was looked at.
+///
+/// Waking oneself would not do: what is queued for the ring goes out when the thread parks, and a connection that
+/// always has more would keep it from that. So this is an operation on the ring itself.
+pub struct NextTurn(Op<()>);
+
+impl NextTurn {
+    pub fn new() -> Self {
+        Self(submit((), opcode::Nop::new().build()))
+    }
+}
+
+impl Default for NextTurn {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Future for NextTurn {
+    type Output = ();
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
+        Pin::new(&mut self.0).poll(cx).map(drop)
+    }
 }

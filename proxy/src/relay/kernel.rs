@@ -77,8 +77,8 @@ impl Kernel {
                 return Poll::Ready(ended);
             }
             if up == Turn::Again || down == Turn::Again {
-                cx.waker().wake_by_ref();
-                return Poll::Pending;
+                ready!(self.link.poll_next_turn(cx));
+                continue;
             }
             let want = self.want();
             if want.client_read && !self.raise_low_water() {
@@ -445,6 +445,11 @@ impl Kernel {
                 self.link.client.writable = false;
                 Ok(Turn::Wait)
             }
+            // The client has said its last word and did not wait for ours.
+            Err(_) if self.up == Up::Finished => {
+                self.down = Down::Finished;
+                Ok(Turn::Wait)
+            }
             Err(_) => Err(Ended::abort(End::ClientReset)),
         }
     }
@@ -456,6 +461,10 @@ pub struct Run<'a>(&'a mut Kernel);
 impl Future for Run<'_> {
     type Output = Ended;
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Ended> {
-        self.0.poll(cx)
+        let ended = ready!(self.0.poll(cx));
+        if self.0.low_water_raised {
+            let _ = socket::set_receive_low_water(self.0.link.client.fd(), 1);
+        }
+        Poll::Ready(ended)
     }
 }

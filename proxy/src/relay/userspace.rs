@@ -99,8 +99,8 @@ impl Userspace {
                 return Poll::Ready(Stop::AtDoor);
             }
             if up == Turn::Again || down == Turn::Again {
-                cx.waker().wake_by_ref();
-                return Poll::Pending;
+                ready!(self.link.poll_next_turn(cx));
+                continue;
             }
             if let Err(verdict) = ready!(self.link.poll_ready(cx, self.want())) {
                 return Poll::Ready(Stop::Over(timed_out(self.up, self.down, verdict)));
@@ -261,9 +261,12 @@ impl Userspace {
             if self.down == Down::Finished {
                 return Ok(Turn::Wait);
             }
-            let gone = |_| Ended::abort(End::ClientReset);
-            if !self.to_client.flush(&mut self.link.client).map_err(gone)? {
-                return Ok(Turn::Wait);
+            match self.to_client.flush(&mut self.link.client) {
+                Ok(true) => {}
+                Ok(false) => return Ok(Turn::Wait),
+                // The client has said its last word and did not wait for ours.
+                Err(_) if self.up == Up::Finished && self.down == Down::Notified => self.to_client.clear(),
+                Err(_) => return Err(Ended::abort(End::ClientReset)),
             }
             match self.down {
                 Down::Open => {}
