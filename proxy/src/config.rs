@@ -5,6 +5,8 @@
 mod parse;
 mod problem;
 mod section;
+#[cfg(test)]
+mod tests;
 mod value;
 
 pub use problem::{Invalid, Problem};

@@ -6,6 +6,7 @@ pub mod command;
 pub mod config;
 pub mod connection;
 pub mod control;
+pub mod doctor;
 pub mod exit;
 pub mod handshake;
 pub mod listen;

@@ -56,12 +56,14 @@ pub fn demo(port: u16, once: bool) -> Result<u8, Failure> {
 
 /// Offload at once: a small page would never pay for it, and shall show it all the same.
 fn configuration(address: SocketAddr, upstream: SocketAddr, once: bool) -> String {
-    let level = if once { "warn" } else { "info" };
+    let level = if once { "error" } else { "info" };
     format!(
         r#"
         [server]
         workers = 1
         drain_timeout = "2s"
+        [limits]
+        connections = 1000
         [tls]
         certificates = ["made by the demo"]
         alpn = ["http/1.1"]

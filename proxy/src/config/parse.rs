@@ -12,6 +12,7 @@ use super::{
 };
 use crate::tls::policy;
 use std::collections::HashMap;
+use std::net::SocketAddr;
 use std::num::NonZeroUsize;
 use std::ops::Range;
 use std::path::Path;
@@ -249,14 +250,10 @@ fn read_listeners<'a>(
     document: &'a DeTable<'a>,
     upstreams: &Upstreams,
 ) -> Vec<Arc<Listener>> {
-    let mut listeners: Vec<Arc<Listener>> = Vec::new();
+    let mut listeners = Vec::new();
+    let mut addresses = Vec::new();
     for section in sections(problems, document, "listener") {
-        let Some((listener, span)) = read_listener(problems, section, upstreams) else { continue };
-        if listeners.iter().any(|other| other.address == listener.address) {
-            let address = listener.address;
-            problems.add(span, format!("listener.address: another listener has {address} already"));
-        }
-        listeners.push(Arc::new(listener));
+        listeners.extend(read_listener(problems, section, upstreams, &mut addresses).map(Arc::new));
     }
     if document.get("listener").is_none_or(|v| matches!(v.get_ref(), DeValue::Array(items) if items.is_empty())) {
         problems.add(0..0, "no [[listener]]: it takes at least one, with its address and upstream".to_owned());
@@ -264,18 +261,25 @@ fn read_listeners<'a>(
     listeners
 }
 
-/// One `[[listener]]` and the place of its address; `None` if a problem was noted that leaves nothing to go on with.
+/// One `[[listener]]`; `None` if a problem was noted that leaves nothing to go on with. `addresses` are those of the
+/// listeners before it.
 fn read_listener(
     problems: &mut Problems<'_>,
     mut section: Section<'_>,
     upstreams: &Upstreams,
-) -> Option<(Listener, Range<usize>)> {
+    addresses: &mut Vec<SocketAddr>,
+) -> Option<Listener> {
     const OFFLOAD: &[(&str, Offload)] =
         &[("auto", Offload::Auto), ("require", Offload::Require), ("off", Offload::Off)];
     const PROXY_LATER: &[&str] = &["v1", "v2", "any"];
     let address = section.take(problems, "address", value::socket_address);
-    if address.is_none() && !section.has("address") {
-        section.missing(problems, "address", "an IP address and a port, as in \"[::]:443\"");
+    match &address {
+        Some((address, span)) if addresses.contains(address) => {
+            problems.add(span.clone(), format!("listener.address: another listener has {address} already"));
+        }
+        Some((address, _)) => addresses.push(*address),
+        None if section.has("address") => {}
+        None => section.missing(problems, "address", "an IP address and a port, as in \"[::]:443\""),
     }
     let mode = section.take(problems, "mode", |v| value::word(v, &[("tcp", ())], &["http", "redirect"]));
     let mode_is_refused = mode.is_none() && section.has("mode");
@@ -304,8 +308,8 @@ fn read_listener(
         }
     };
     section.finish(problems);
-    let (address, span) = address?;
-    Some((Listener { address, offload, offload_after, upstream: upstream? }, span))
+    let (address, _) = address?;
+    Some(Listener { address, offload, offload_after, upstream: upstream? })
 }
 
 /// `"auto"`, 0 or a size.
