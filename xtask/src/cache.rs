@@ -48,6 +48,13 @@ pub fn put_in_place(made: &Path, place: &Path) -> Result<()> {
     fs::rename(made, place).with_context(|| format!("rename {} to {}", made.display(), place.display()))
 }
 
+/// Where something is made before it is put in its place: beside it.
+pub fn aside(place: &Path) -> PathBuf {
+    let mut name = place.as_os_str().to_owned();
+    name.push(".new");
+    name.into()
+}
+
 /// Removes a file or folder; that there is none is fine.
 pub fn remove(path: &Path) -> Result<()> {
     let Ok(kind) = fs::symlink_metadata(path) else { return Ok(()) };
@@ -57,7 +64,9 @@ pub fn remove(path: &Path) -> Result<()> {
 
 /// Writes a file so that readers see the old content or the new, never a part.
 pub fn write(path: &Path, content: &[u8]) -> Result<()> {
-    let aside = path.with_extension(format!("new-{}", std::process::id()));
+    let mut aside = aside(path).into_os_string();
+    aside.push(std::process::id().to_string());
+    let aside = PathBuf::from(aside);
     fs::write(&aside, content).with_context(|| format!("write {}", aside.display()))?;
     fs::rename(&aside, path).with_context(|| format!("rename to {}", path.display()))
 }

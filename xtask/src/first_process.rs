@@ -20,7 +20,7 @@ pub fn obtain() -> Result<PathBuf> {
         return Ok(place);
     }
     let built = static_build(&["--package", "xtask", "--bin", "tlsplice-init", "--no-default-features"])?;
-    let aside = place.with_extension("new");
+    let aside = cache::aside(&place);
     fs::copy(built.join("tlsplice-init"), &aside).context("keep the guests' first process")?;
     cache::put_in_place(&aside, &place)?;
     Ok(place)

@@ -216,7 +216,7 @@ fn fetch(archive: &Archive, package: &str, name: &str, place: &Path) -> Result<(
     if modules != package {
         packages.push(modules);
     }
-    let aside = place.with_extension("new");
+    let aside = cache::aside(place);
     cache::remove(&aside)?;
     let unpacked = aside.join("unpacked");
     archive.unpack(&packages, &format!("kernel {name} ({package})"), &unpacked)?;

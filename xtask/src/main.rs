@@ -3,6 +3,7 @@
 mod apt;
 mod bzimage;
 mod cache;
+mod ci;
 mod demo;
 mod first_process;
 mod image;
@@ -20,6 +21,8 @@ mod table;
 mod test;
 mod uml;
 mod uml_build;
+mod uml_source;
+mod unsafe_code;
 mod vm;
 
 use anyhow::Result;
@@ -41,6 +44,7 @@ enum Task {
     Test(test::Options),
     Vm(vm::Options),
     Uml(uml::Options),
+    Ci(ci::Options),
 }
 
 fn main() -> ExitCode {
@@ -60,5 +64,6 @@ fn perform(task: Task) -> Result<i32> {
         Task::Test(options) => test::command(&options),
         Task::Vm(options) => vm::command(&options),
         Task::Uml(options) => uml::command(&options),
+        Task::Ci(options) => ci::command(&options),
     }
 }

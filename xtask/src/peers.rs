@@ -49,7 +49,7 @@ fn fetch(place: &Path) -> Result<()> {
     if !archive.serves("nginx") {
         setup::refresh_lists()?;
     }
-    let aside = place.with_extension("new");
+    let aside = cache::aside(place);
     cache::remove(&aside)?;
     archive
         .unpack(&["nginx".into(), "libnginx-mod-stream".into()], "nginx (unpacked, not installed)", &aside)

@@ -133,6 +133,7 @@ pub struct Listener {
     kernel: String,
     log: File,
     log_path: PathBuf,
+    show: fn(&str),
     report: Report,
     summed_up: bool,
     started: Instant,
@@ -140,10 +141,14 @@ pub struct Listener {
 
 impl Listener {
     pub fn new(kernel: &str) -> Result<Self> {
+        Self::showing(kernel, progress::line)
+    }
+
+    fn showing(kernel: &str, show: fn(&str)) -> Result<Self> {
         let log_path = log_path(kernel, "tests")?;
         let log = File::create(&log_path).with_context(|| format!("create {}", log_path.display()))?;
         let (kernel, report) = (kernel.to_owned(), Report::default());
-        Ok(Self { kernel, log, log_path, report, summed_up: false, started: Instant::now() })
+        Ok(Self { kernel, log, log_path, show, report, summed_up: false, started: Instant::now() })
     }
 
     /// One line of output.
@@ -166,7 +171,7 @@ impl Listener {
             _ => None,
         };
         let shown = colour.map_or_else(|| line.to_owned(), |colour| progress::coloured(line, colour));
-        progress::line(&format!("[{}] {shown}", self.kernel));
+        (self.show)(&format!("[{}] {shown}", self.kernel));
     }
 
     fn sum_up(&mut self, json: &str) {
@@ -225,7 +230,7 @@ mod tests {
     use super::*;
 
     fn report(lines: &[&str], exit: &Exit) -> Report {
-        let mut listener = Listener::new("self-test").unwrap();
+        let mut listener = Listener::showing("self-test", |_| {}).unwrap();
         lines.iter().for_each(|line| listener.take(line));
         listener.finish(exit)
     }

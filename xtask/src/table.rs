@@ -80,27 +80,31 @@ impl Row {
 
 /// Prints all of it; gives the exit status.
 pub fn conclude(rows: &[Row]) -> i32 {
+    let (lines, status) = summed_up(rows);
+    lines.iter().for_each(|line| progress::line(line));
+    status
+}
+
+fn summed_up(rows: &[Row]) -> (Vec<String>, i32) {
     let heads = ["kernel", "run", "passed", "failed", "skipped", "offloaded", "spliced", "seconds"].map(str::to_owned);
     let cells: Vec<[String; 8]> = std::iter::once(heads).chain(rows.iter().map(Row::cells)).collect();
     let width = |column: usize| cells.iter().map(|row| row[column].len()).max().unwrap_or(0);
     let widths: [usize; 8] = std::array::from_fn(width);
-    progress::line("");
+    let mut lines = vec![String::new()];
     for (at, row) in cells.iter().enumerate() {
         let first = format!("{:<1$}", row[0], widths[0]);
         let others = (1..8).map(|column| format!("{:>1$}", row[column], widths[column]));
         let text = std::iter::once(first).chain(others).collect::<Vec<_>>().join("  ");
         let failed = at > 0 && rows[at - 1].counts().1 > 0;
-        progress::line(&if failed { progress::coloured(&text, Colour::Red) } else { text });
+        lines.push(if failed { progress::coloured(&text, Colour::Red) } else { text });
     }
-    progress::line("");
-    for remark in rows.iter().flat_map(Row::remarks) {
-        progress::line(&remark);
-    }
+    lines.push(String::new());
+    lines.extend(rows.iter().flat_map(Row::remarks));
     let sum = |pick: fn((u64, u64, u64)) -> u64| rows.iter().map(|row| pick(row.counts())).sum::<u64>();
     let (passed, failed, skipped) = (sum(|c| c.0), sum(|c| c.1), sum(|c| c.2));
-    progress::line("");
-    progress::line(&format!("{passed} passed, {failed} failed, {skipped} skipped"));
-    i32::from(failed > 0 || passed == 0)
+    lines.push(String::new());
+    lines.push(format!("{passed} passed, {failed} failed, {skipped} skipped"));
+    (lines, i32::from(failed > 0 || passed == 0))
 }
 
 fn size(bytes: u64) -> String {
@@ -117,12 +121,14 @@ mod tests {
 
     #[test]
     fn a_broken_run_fails_the_whole_and_a_declared_one_does_not() {
-        let good = || Report { passed: 3, ..Report::default() };
-        assert_eq!(conclude(&[Row::new("host", Ok(good()))]), 0);
-        assert_eq!(conclude(&[Row::new("host", Ok(good())), Row::declared("6.18", "gone".into())]), 0);
-        assert_eq!(conclude(&[Row::new("host", Ok(good())), Row::new("uml", Err(anyhow::anyhow!("no gcc")))]), 1);
-        let broken = Report { problem: Some("panic".into()), ..good() };
-        assert_eq!(Row::new("6.1", Ok(broken)).counts(), (3, 1, 0));
-        assert_eq!(conclude(&[]), 1, "a run of nothing has not passed");
+        let good = || Row::new("host", Ok(Report { passed: 3, ..Report::default() }));
+        let status = |rows: &[Row]| summed_up(rows).1;
+        assert_eq!(status(&[good()]), 0);
+        assert_eq!(status(&[good(), Row::declared("6.18", "gone".into())]), 0);
+        assert_eq!(status(&[good(), Row::new("uml", Err(anyhow::anyhow!("no gcc")))]), 1);
+        assert_eq!(status(&[]), 1, "a run of nothing has not passed");
+        let broken = Report { passed: 3, problem: Some("panic".into()), ..Report::default() };
+        let (lines, status) = summed_up(&[Row::new("6.1", Ok(broken)), Row::declared("6.18", "gone".into())]);
+        assert_eq!((lines.last().map(String::as_str), status), (Some("3 passed, 1 failed, 1 skipped"), 1));
     }
 }

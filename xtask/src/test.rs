@@ -81,7 +81,7 @@ pub fn command(options: &Options) -> Result<i32> {
     let arguments: Vec<OsString> =
         options.filter.iter().flat_map(|filter| ["--filter".into(), filter.into()]).collect();
 
-    let (unit, binaries, kernels, linux) = prepare(options, &work, in_uml, &guests);
+    let Prepared { unit, binaries, kernels, linux } = prepare(options, &work, in_uml, &guests);
     let mut rows = vec![Row::new("unit", unit)];
     let binaries = match binaries {
         Ok(binaries) => binaries,
@@ -104,14 +104,17 @@ pub fn command(options: &Options) -> Result<i32> {
     Ok(conclude(&rows))
 }
 
+/// What the runs need; each part may be missing on its own.
+#[derive(Debug)]
+struct Prepared {
+    unit: Result<Report>,
+    binaries: Result<Binaries>,
+    kernels: Result<Found>,
+    linux: Result<PathBuf>,
+}
+
 /// All that is fetched or built, at once: one waits for the network while the other computes.
-#[expect(clippy::type_complexity, reason = "four results, each of which may fail on its own")]
-fn prepare(
-    options: &Options,
-    work: &Workplace,
-    in_uml: bool,
-    guests: &[Choice],
-) -> (Result<Report>, Result<Binaries>, Result<Found>, Result<PathBuf>) {
+fn prepare(options: &Options, work: &Workplace, in_uml: bool, guests: &[Choice]) -> Prepared {
     thread::scope(|scope| {
         let kernels = scope.spawn(|| {
             let mut all = Found::default();
@@ -125,7 +128,7 @@ fn prepare(
         let linux = scope.spawn(|| if in_uml { uml_build::obtain() } else { Err(anyhow!("not asked for")) });
         let binaries = work.folder("bin").and_then(|folder| Binaries::build(&folder));
         let unit = unit_tests(options.filter.as_deref());
-        (unit, binaries, joined(kernels.join()), joined(linux.join()))
+        Prepared { unit, binaries, kernels: joined(kernels.join()), linux: joined(linux.join()) }
     })
 }
 

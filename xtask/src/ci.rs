@@ -1,0 +1,50 @@
+//! What has to be clean beside the tests: format, lints, licences and sources of dependencies, and where `unsafe` occurs.
+
+use crate::first_process::{cargo, workspace};
+use crate::setup::{self, Group};
+use crate::{process, progress, unsafe_code};
+use anyhow::{Result, bail};
+use clap::Args;
+use std::process::Command;
+
+/// Check format, lints, dependencies, and where unsafe code is.
+#[derive(Args, Clone, Debug)]
+pub struct Options {}
+
+/// A check's name and what it does.
+type Check = (&'static str, fn() -> Result<()>);
+
+/// `cargo xtask ci`: runs every check, then says which have failed.
+pub fn command(_: &Options) -> Result<i32> {
+    setup::make_sure(&[Group::Build, Group::Lint])?;
+    let checks: [Check; 4] = [
+        ("unsafe code only where it may be", || unsafe_code::check(&workspace())),
+        ("format", || cargo_run(&["fmt", "--all", "--check"])),
+        ("lints", || cargo_run(&["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"])),
+        ("licences, sources and versions of dependencies", dependencies),
+    ];
+    let mut failed = Vec::new();
+    for (name, check) in checks {
+        progress::note(&format!("checking: {name}"));
+        if let Err(error) = check() {
+            progress::note(&format!("FAILED: {name}: {error:#}"));
+            failed.push(name);
+        }
+    }
+    if !failed.is_empty() {
+        bail!("not clean: {}", failed.join("; "));
+    }
+    println!("all checks are clean");
+    Ok(0)
+}
+
+fn cargo_run(arguments: &[&str]) -> Result<()> {
+    process::run(Command::new(cargo()).args(arguments).current_dir(workspace()))
+}
+
+/// cargo-deny, without its database of advisories, which has to be fetched.
+fn dependencies() -> Result<()> {
+    let mut deny = Command::new(setup::cargo_deny()?);
+    deny.args(["--all-features", "check", "bans", "licenses", "sources"]).current_dir(workspace());
+    process::run(&mut deny)
+}
