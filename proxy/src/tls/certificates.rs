@@ -319,6 +319,21 @@ pub(super) mod testing {
         (certificate, key)
     }
 
+    pub(crate) fn authority() -> (rcgen::Certificate, rcgen::KeyPair) {
+        let key = rcgen::KeyPair::generate().expect("the default kind");
+        let mut parameters = rcgen::CertificateParams::default();
+        parameters.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
+        (parameters.self_signed(&key).expect("its own key"), key)
+    }
+
+    pub(crate) fn expired() -> (rcgen::Certificate, rcgen::KeyPair) {
+        let key = rcgen::KeyPair::generate().expect("the default kind");
+        let mut parameters = rcgen::CertificateParams::new(vec!["old.test".to_owned()]).expect("a DNS name");
+        parameters.not_before = rcgen::date_time_ymd(2000, 1, 1);
+        parameters.not_after = rcgen::date_time_ymd(2001, 1, 1);
+        (parameters.self_signed(&key).expect("its own key"), key)
+    }
+
     pub(crate) fn certified(
         names: &[&str],
         kind: &'static rcgen::SignatureAlgorithm,
@@ -327,5 +342,119 @@ pub(super) mod testing {
         let der = PrivateKeyDer::try_from(key.serialize_der()).expect("PKCS#8");
         let made = Certificates::from_der(vec![certificate.der().clone()], der).expect("a pair");
         (made.served[0].names.clone(), Arc::clone(&made.served[0].certified))
+    }
+
+    pub(crate) fn resolver(names: &[&str]) -> Arc<dyn ResolvesServerCert> {
+        let (names, key) = certified(names, &rcgen::PKCS_ECDSA_P256_SHA256);
+        Arc::new(Resolver::new(std::iter::once((names.as_slice(), key))).expect("not empty"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs;
+    use std::os::unix::fs::PermissionsExt;
+    use tempfile::TempDir;
+
+    const ECDSA: &rcgen::SignatureAlgorithm = &rcgen::PKCS_ECDSA_P256_SHA256;
+
+    fn write(folder: &TempDir, name: &str, text: &str) -> PathBuf {
+        let path = folder.path().join(name);
+        fs::write(&path, text).expect("written");
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).expect("owned");
+        path
+    }
+
+    fn folder() -> TempDir {
+        tempfile::tempdir().expect("a temporary folder")
+    }
+
+    fn said(paths: &[PathBuf]) -> String {
+        Certificates::load(paths).expect_err("a fault").to_string()
+    }
+
+    #[test]
+    fn pairs_are_found_by_key_whatever_the_files_are_called() {
+        let folder = folder();
+        let (one, one_key) = testing::made(&["one.test"], ECDSA);
+        let (two, two_key) = testing::made(&["two.test", "*.two.test"], &rcgen::PKCS_RSA_SHA256);
+        write(&folder, "a.txt", &one.pem());
+        write(&folder, "b", &two_key.serialize_pem());
+        write(&folder, "z.crt", &(two.pem() + &one_key.serialize_pem()));
+        write(&folder, "README", "nothing of interest");
+        write(&folder, ".hidden", "-----BEGIN CERTIFICATE-----\nbroken");
+        fs::create_dir(folder.path().join("sub")).expect("made");
+        let certificates = Certificates::load(&[folder.path().to_path_buf()]).expect("two pairs");
+        let names: Vec<_> =
+            certificates.served().iter().map(|one| (one.names.join(" "), one.key_kind.as_str())).collect();
+        assert_eq!(names, [("one.test".to_owned(), "ECDSA"), ("two.test *.two.test".to_owned(), "RSA")]);
+        assert!(certificates.served()[0].key_file.ends_with("z.crt"));
+    }
+
+    #[test]
+    fn the_longer_chain_of_one_certificate_is_served() {
+        let folder = folder();
+        let (leaf, key) = testing::made(&["one.test"], ECDSA);
+        let (authority, _) = testing::authority();
+        write(&folder, "cert.pem", &leaf.pem());
+        write(&folder, "chain.pem", &authority.pem());
+        write(&folder, "fullchain.pem", &(leaf.pem() + &authority.pem()));
+        write(&folder, "privkey.pem", &key.serialize_pem());
+        let certificates = Certificates::load(&[folder.path().to_path_buf()]).expect("one pair");
+        let lengths: Vec<_> = certificates.served().iter().map(|one| one.chain_length).collect();
+        assert_eq!(lengths, [2]);
+    }
+
+    #[test]
+    fn a_key_that_others_may_read_is_refused_with_its_mend() {
+        let folder = folder();
+        let (certificate, key) = testing::made(&["one.test"], ECDSA);
+        let both = write(&folder, "both.pem", &(certificate.pem() + &key.serialize_pem()));
+        for mode in [0o640, 0o604, 0o620, 0o666] {
+            fs::set_permissions(&both, fs::Permissions::from_mode(mode)).expect("owned");
+            let said = said(std::slice::from_ref(&both));
+            assert!(said.ends_with(&format!("chmod 600 {}", both.display())), "{mode:o}: {said}");
+        }
+        fs::set_permissions(&both, fs::Permissions::from_mode(0o400)).expect("owned");
+        Certificates::load(&[both]).expect("its own");
+    }
+
+    #[test]
+    fn halves_are_named_together() {
+        let folder = folder();
+        let (one, _) = testing::made(&["one.test"], ECDSA);
+        let (_, other_key) = testing::made(&["two.test"], ECDSA);
+        let (certificate, key) =
+            (write(&folder, "one.pem", &one.pem()), write(&folder, "two.pem", &other_key.serialize_pem()));
+        let said = said(&[certificate.clone(), key.clone()]);
+        assert!(
+            said.contains(&format!("{}: the private key of this certificate (one.test)", certificate.display())),
+            "{said}"
+        );
+        assert!(said.contains(&format!("{}: no certificate", key.display())), "{said}");
+    }
+
+    #[test]
+    fn what_cannot_be_served_says_why() {
+        let folder = folder();
+        let nothing = write(&folder, "nothing.pem", "hello");
+        assert!(said(&[nothing]).contains("neither a certificate nor a private key"));
+        assert!(said(&[folder.path().join("absent.pem")]).contains("No such file"));
+        let broken = write(&folder, "broken.pem", "-----BEGIN CERTIFICATE-----\n!!\n-----END CERTIFICATE-----\n");
+        assert!(said(&[broken]).contains("no sound PEM"));
+        let encrypted = "-----BEGIN ENCRYPTED PRIVATE KEY-----\nAAAA\n-----END ENCRYPTED PRIVATE KEY-----\n";
+        assert!(said(&[write(&folder, "locked.pem", encrypted)]).contains("openssl pkey"));
+        let empty = tempfile::tempdir().expect("empty");
+        assert!(said(&[empty.path().to_path_buf()]).contains("holds no certificate"));
+    }
+
+    #[test]
+    fn an_expired_certificate_is_refused_with_its_date() {
+        let folder = folder();
+        let (certificate, key) = testing::expired();
+        let both = write(&folder, "both.pem", &(certificate.pem() + &key.serialize_pem()));
+        let said = said(&[both]);
+        assert!(said.contains("expired on") && said.contains("2001"), "{said}");
     }
 }

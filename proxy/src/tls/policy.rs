@@ -200,3 +200,53 @@ pub fn alpn(name: &str) -> Result<String, String> {
         _ => Ok(name.to_owned()),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::{Policy, Tls};
+
+    fn tls(suites: &[&str], groups: &[&str]) -> Tls {
+        Tls {
+            policy: Policy::APlus,
+            certificates: Vec::new(),
+            suites: suites.iter().map(|name| suite(name).expect("of the policy")).collect(),
+            groups: groups.iter().map(|name| group(name).expect("of the policy")).collect(),
+            alpn: vec!["h2".to_owned()],
+        }
+    }
+
+    #[test]
+    fn the_policy_has_aead_and_forward_secrecy_only() {
+        let provider = provider(&tls(&[], &[]));
+        assert_eq!((provider.cipher_suites.len(), provider.kx_groups.len()), (9, 4));
+        for (name, suite) in SUITES {
+            assert!(name.contains("GCM") || name.contains("POLY1305"), "{name}");
+            assert!(suite.version() == &version::TLS13 || name.contains("_ECDHE_"), "{name}");
+            assert_eq!(suite_name(suite.suite()), name);
+        }
+    }
+
+    #[test]
+    fn a_choice_keeps_its_order_and_decides_the_versions() {
+        let provider =
+            provider(&tls(&["TLS_CHACHA20_POLY1305_SHA256", "TLS_AES_128_GCM_SHA256"], &["P-384", "X25519"]));
+        let names: Vec<_> = provider.cipher_suites.iter().map(|s| suite_name(s.suite())).collect();
+        assert_eq!(names, ["TLS_CHACHA20_POLY1305_SHA256", "TLS_AES_128_GCM_SHA256"]);
+        let groups: Vec<_> = provider.kx_groups.iter().map(|g| group_name(g.name())).collect();
+        assert_eq!(groups, ["secp384r1", "x25519"]);
+        assert_eq!(versions(&provider.cipher_suites), [&version::TLS13]);
+    }
+
+    #[test]
+    fn the_server_config_leaks_and_replays_nothing() {
+        let certificates = crate::tls::certificates::testing::resolver(&["a.test"]);
+        let resumption = Resumption::of_this_process().expect("random");
+        let config = server_config(&tls(&[], &[]), certificates, &resumption).expect("usable");
+        assert!(config.enable_secret_extraction && config.ignore_client_order);
+        assert!(!config.send_half_rtt_data && config.max_early_data_size == 0);
+        assert!(!config.key_log.will_log("CLIENT_RANDOM"));
+        assert!(config.ticketer.enabled());
+        assert_eq!(config.alpn_protocols, [b"h2".to_vec()]);
+    }
+}
