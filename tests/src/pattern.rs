@@ -38,10 +38,12 @@ impl Pattern {
         Self(BLOCK.get_or_init(|| block(2, |word| (word >> 32) as u8)))
     }
 
-    /// Up, in digits: programs that take some letters on their input for commands pass these on.
+    /// Up, in lines of digits: programs that take some letters on their input for commands pass these on.
     pub fn digits() -> Self {
         static BLOCK: OnceLock<Vec<u8>> = OnceLock::new();
-        Self(BLOCK.get_or_init(|| block(3, |word| b'0' + (word >> 32) as u8 % 10)))
+        Self(BLOCK.get_or_init(|| {
+            block(3, |word| if word.is_multiple_of(64) { b'\n' } else { b'0' + (word >> 32) as u8 % 10 })
+        }))
     }
 
     /// Up to `max` bytes of the stream from `offset` on, at least one.

@@ -99,7 +99,10 @@ impl Context {
 
     /// A log to be shown if the test fails.
     pub fn watch_log(&self, path: &Path) {
-        self.logs.lock().expect("no holder panics").push(path.to_owned());
+        let mut logs = self.logs.lock().expect("no holder panics");
+        if !logs.iter().any(|log| log == path) {
+            logs.push(path.to_owned());
+        }
     }
 
     fn begin(&self, name: &str) {

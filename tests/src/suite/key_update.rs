@@ -70,14 +70,17 @@ fn download_rekeying(ctx: &Context, setup: &Setup, listener: usize, limit: u64, 
     let mut client = setup.client(ctx, listener, TLS13_AES_256)?;
     client.tx.data(&Request::new(0, bytes).encode())?;
     let mut received = 0;
+    let mut next = limit;
     while received < bytes {
         let Client { tx, rx } = &mut client;
-        let next = (received / limit + 1) * limit;
-        let ended = rx.read(next - received, |at, data| Pattern::down().check(received + at, data))?;
-        ensure!(ended.is_none() || next >= bytes, "after {received} of {bytes} bytes: {ended:?}");
-        received = received.max(next);
+        let from = received;
+        let ended = rx.read(next.min(bytes) - from, |at, data| {
+            received = from + at + data.len() as u64;
+            Pattern::down().check(from + at, data)
+        })?;
+        ensure!(ended.is_none(), "after {received} of {bytes} bytes: {ended:?}");
+        next += limit;
         tx.key_update(true)?;
-        // A JDK sends data sooner or later; and 32 in a row without any would be a storm.
     }
     let asked = client.tx.key_updates;
     let answered = client.rx.key_updates;

@@ -6,6 +6,7 @@ use crate::process::{Guarded, find_program};
 use crate::run::Context;
 use crate::upstream::{Request, THREAD_STACK_BYTES};
 use anyhow::{Context as _, Result, ensure};
+use std::fs;
 use std::io::{Read, Write};
 use std::net::SocketAddr;
 use std::process::{ChildStdin, Command, Stdio};
@@ -51,13 +52,15 @@ pub fn gnutls(ctx: &Context, address: SocketAddr, suite: Suite, commands: bool) 
 pub enum Feed<'a> {
     /// The request and the upload's pattern.
     Plain,
-    /// Digits, with one of these lines alone in the pipe after every so many bytes.
+    /// Lines of digits; about every so many bytes, at the end of a line, one of these commands alone in the pipe.
     WithCommands { lines: &'a [&'a str], every: usize },
 }
 
 /// Runs it to its end. Its input stays open until its output has ended, so that it leaves when the server does.
 pub fn converse(ctx: &Context, mut command: Command, request: &Request, feed: &Feed<'_>) -> Result<u64> {
-    command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null());
+    let words = ctx.environment.tmp.join(format!("{}-program.log", ctx.test()));
+    command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(fs::File::create(&words)?);
+    ctx.watch_log(&words);
     let mut program = Guarded::spawn(&mut command)?;
     let mut stdin = program.child().stdin.take().context("no standard input")?;
     let mut stdout = program.child().stdout.take().context("no standard output")?;
@@ -105,14 +108,18 @@ fn feed(stdin: &mut ChildStdin, request: &Request, feed: &Feed<'_>, limit: Durat
         Feed::Plain => stdin.write_all(&Pattern::up().bytes(up)).context("feed the upload"),
         Feed::WithCommands { lines, every } => {
             let digits = Pattern::digits().bytes(up);
-            for (index, part) in digits.chunks(*every).enumerate() {
-                stdin.write_all(part).context("feed a part of the upload")?;
+            let mut rest = digits.as_slice();
+            let mut lines = lines.iter().cycle();
+            while rest.len() > *every {
+                let end = rest[*every..].iter().position(|b| *b == b'\n').map_or(rest.len(), |at| every + at + 1);
+                stdin.write_all(&rest[..end]).context("feed a part of the upload")?;
+                rest = &rest[end..];
                 alone(stdin, limit)?;
-                if let Some(line) = lines.get(index % (lines.len() + 1)) {
-                    stdin.write_all(line.as_bytes()).context("feed a command")?;
-                    alone(stdin, limit)?;
-                }
+                stdin.write_all(lines.next().context("no commands")?.as_bytes()).context("feed a command")?;
+                alone(stdin, limit)?;
             }
+            // With the last part all is complete, and the program leaves.
+            stdin.write_all(rest).context("feed the last part of the upload")?;
             Ok(())
         }
     }

@@ -97,8 +97,8 @@ fn rekeys(ctx: &Context, relay: Relay, make: Make, lines: &[&str]) -> Result<()>
         let command = make(ctx, setup.proxy.address(0), *suite, true)?;
         let feed = Feed::WithCommands { lines, every: 15_000 };
         let got = converse(ctx, command, &request, &feed).with_context(|| suite.name)?;
-        ensure!(got == REKEYED_DOWN_BYTES, "{}: {got} bytes came out", suite.name);
-        let served = setup.upstream.served()?;
+        let served = setup.upstream.served().with_context(|| format!("{}: {got} bytes came out", suite.name))?;
+        ensure!(got == REKEYED_DOWN_BYTES, "{}: {got} bytes came out, the upstream saw {served:?}", suite.name);
         if goes_on {
             ensure!(served.up == REKEYED_UP_BYTES, "{}: the upstream saw {served:?}", suite.name);
         } else {
