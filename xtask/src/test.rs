@@ -13,7 +13,7 @@ use crate::setup::{self, Group};
 use crate::suite::{self, Binaries, Exit, Listener, Offload, Report, Workplace};
 use crate::table::{Row, conclude};
 use crate::{first_process, peers, uml, uml_build, vm};
-use anyhow::{Result, anyhow};
+use anyhow::{Context, Result, anyhow};
 use clap::Args;
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -192,7 +192,7 @@ fn in_user_mode(linux: PathBuf, binaries: &Binaries, arguments: &[OsString], wor
     progress::note("[uml] starting, offload Require");
     let mut listener = Listener::new("uml")?;
     let mut env: Vec<(OsString, OsString)> =
-        ["PATH", "HOME"].iter().filter_map(|n| Some((n.into(), std::env::var_os(n)?))).collect();
+        std::env::var_os("HOME").map(|home| ("HOME".into(), home)).into_iter().collect();
     env.extend(own_variables());
     env.extend(nginx_variables()?);
     env.extend(suite::environment("uml", Offload::Require, &binaries.tlsplice, &work.folder("uml")?));
@@ -236,8 +236,15 @@ pub fn own_variables() -> impl Iterator<Item = (OsString, OsString)> {
     std::env::vars_os().filter(|(name, _)| name.as_encoded_bytes().starts_with(b"TLSPLICE_"))
 }
 
-/// nginx for tests on this machine's files.
+/// nginx for tests on this machine's files: by name in PATH, and where its modules are.
 fn nginx_variables() -> Result<Vec<(OsString, OsString)>> {
     let nginx = peers::nginx()?;
-    Ok(vec![("TLSPLICE_NGINX".into(), nginx.program.into()), ("TLSPLICE_NGINX_MODULES".into(), nginx.modules.into())])
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let folders = nginx.program.parent().map(PathBuf::from).into_iter().chain(std::env::split_paths(&path));
+    let path = std::env::join_paths(folders).context("put nginx into PATH")?;
+    Ok(vec![
+        ("PATH".into(), path),
+        ("TLSPLICE_NGINX".into(), nginx.program.into()),
+        ("TLSPLICE_NGINX_MODULES".into(), nginx.modules.into()),
+    ])
 }
