@@ -11,14 +11,19 @@ mod reload;
 pub mod start;
 
 use crate::exit::Failure;
+use crate::worker::Worker;
 use admin::Admin;
 use notify::{State, notify};
 use reload::Fresh;
 use start::Terminator;
 use std::io;
 use std::sync::Arc;
+use std::time::Duration;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::task::JoinHandle;
+
+/// How often is looked whether every worker lives.
+const LOOK_AFTER_WORKERS: Duration = Duration::from_secs(1);
 
 /// The signals that end it.
 struct Signals {
@@ -66,6 +71,7 @@ impl Terminator {
         tokio::pin!(until);
         let mut reading: Option<JoinHandle<Result<Fresh, Failure>>> = None;
         let mut again = false;
+        let mut look_after = tokio::time::interval(LOOK_AFTER_WORKERS);
         let reason = loop {
             tokio::select! {
                 _ = hangup.recv() => {
@@ -83,6 +89,12 @@ impl Terminator {
                     }
                 }
                 name = signals.end() => break Err(name),
+                _ = look_after.tick() => {
+                    if self.workers.iter().any(Worker::is_finished) {
+                        // The others still have connections; whoever started this process starts it again.
+                        break Err("a worker has died");
+                    }
+                }
                 done = &mut until => break Ok(done),
             }
         };

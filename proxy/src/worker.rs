@@ -81,6 +81,11 @@ impl Worker {
         let _ = self.commands.send(command);
     }
 
+    /// The thread has ended, which without a drain means that it has died.
+    pub fn is_finished(&self) -> bool {
+        self.thread.is_finished()
+    }
+
     /// Waits for the end of a drain.
     pub fn join(self) -> std::thread::Result<()> {
         self.thread.join()

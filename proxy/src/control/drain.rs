@@ -16,7 +16,7 @@ impl Terminator {
         let timeout = self.config.server.drain_timeout;
         let counters = self.counters();
         let live = || counters.iter().map(|c| c.live.get()).fold(0, u64::wrapping_add);
-        tracing::info!(reason, connections = live(), timeout_ms = timeout.as_millis(), "drains");
+        tracing::info!(reason, connections = live(), timeout_s = timeout.as_secs_f64(), "drains");
         let deadline = Instant::now() + timeout;
         for worker in &self.workers {
             worker.send(Command::Drain { deadline });

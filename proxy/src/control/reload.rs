@@ -9,7 +9,7 @@ use super::notify::{State, notify};
 use super::start::{Terminator, read_certificates, read_config, refuse_if_required};
 use crate::config::{Config, Listener};
 use crate::exit::Failure;
-use crate::listen;
+use crate::listen::{self, BindError};
 use crate::tls::certificates::Certificates;
 use crate::tls::policy;
 use crate::worker::{Command, Snapshot};
@@ -46,8 +46,7 @@ impl Terminator {
         let tls = policy::server_config(&config.tls, certificates.resolver(), &self.resumption)
             .map_err(|e| Failure::Usage(format!("[tls]: {e}")))?;
         let new = added(&self.config, &config);
-        let open =
-            listen::bind(&new, &config.listeners, self.workers.len()).map_err(|e| Failure::Host(e.to_string()))?;
+        let open = listen::bind(&new, &config.listeners, self.workers.len()).map_err(|e| self.refused(&e))?;
         for setting in keep_fixed(&self.config, &mut config) {
             tracing::warn!(setting, "reload: changes only by a restart; the old value stays");
         }
@@ -58,6 +57,19 @@ impl Terminator {
             worker.send(Command::Reload { snapshot: snapshot.clone(), open });
         }
         Ok(())
+    }
+
+    /// The port may be one of our own: of a listener that stays, or of one that is still closing.
+    fn refused(&self, error: &BindError) -> Failure {
+        let port = error.address.port();
+        let ours = self.config.listeners.iter().find(|l| l.address.port() == port);
+        let hint = ours.map_or(String::new(), |listener| {
+            format!(
+                "; this process has {} itself, and one port changes its address only by a restart",
+                listener.address
+            )
+        });
+        Failure::Host(format!("{error}{hint}"))
     }
 }
 
