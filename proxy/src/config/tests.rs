@@ -117,6 +117,14 @@ fn every_key_of_this_version_is_read() {
 }
 
 #[test]
+fn the_file_that_is_shipped_has_the_defaults_that_it_claims() {
+    let shipped = valid(include_str!("../../dist/tlsplice.toml"));
+    let mut least = valid(&LEAST.replace(", \"unix:/run/app.sock\"", ""));
+    least.server.admin = shipped.server.admin;
+    assert_eq!(shipped, least);
+}
+
+#[test]
 fn what_is_not_built_yet_is_refused_by_name() {
     for (section, line) in [
         ("tls", "policy = \"modern\""),
