@@ -1,13 +1,19 @@
 //! The guests' first process as a file: `init.rs`, static, built once for each version of its source and kept.
 
-use crate::{cache, process};
+use crate::cache;
+use crate::process::{self, Ended};
+use crate::progress::Progress;
 use anyhow::{Context, Result, bail};
 use std::fs;
 use std::path::PathBuf;
 use std::process::Command;
+use std::time::Duration;
 
 /// Its source, and so what it is named after.
 const SOURCE: [&[u8]; 2] = [include_bytes!("init.rs"), include_bytes!("request.rs")];
+
+/// Far beyond what a slow machine takes.
+const BUILD_LIMIT: Duration = Duration::from_secs(3600);
 
 /// The static program, built if this version of it has not been built yet.
 pub fn obtain() -> Result<PathBuf> {
@@ -30,11 +36,55 @@ pub fn obtain() -> Result<PathBuf> {
 pub fn static_build(arguments: &[&str]) -> Result<PathBuf> {
     let target = host_target()?;
     let mut cargo = Command::new(cargo());
-    cargo.args(["build", "--quiet", "--release", "--target", &target]).args(arguments);
+    cargo.args(["build", "--release", "--target", &target]).args(arguments).current_dir(workspace());
     // An outer cargo's flags are for what it builds, not for this.
     cargo.env("RUSTFLAGS", "-C target-feature=+crt-static").env_remove("CARGO_ENCODED_RUSTFLAGS");
-    process::run(cargo.current_dir(workspace()))?;
+    let mut crates = Crates::new(format!("building {}", arguments.join(" ")));
+    let mut said = Vec::new();
+    let ended = process::watch(&mut cargo, BUILD_LIMIT, |line| {
+        if !crates.count(line) {
+            said.push(line.to_owned());
+        }
+    })?;
+    match ended {
+        Ended::Exited(status) if status.success() => {}
+        Ended::Exited(status) => bail!("{}: {status}\n{}", process::shown(&cargo), said.join("\n")),
+        Ended::TimedOut => bail!("{}: not done after {} s", process::shown(&cargo), BUILD_LIMIT.as_secs()),
+    }
     Ok(target_folder().join(target).join("release"))
+}
+
+/// Shows how far cargo is, by the crates that it has begun to compile; silent where there is nothing to do.
+#[derive(Debug)]
+pub struct Crates {
+    label: String,
+    begun: u64,
+    progress: Option<Progress>,
+}
+
+impl Crates {
+    pub fn new(label: impl Into<String>) -> Self {
+        Self { label: label.into(), begun: 0, progress: None }
+    }
+
+    /// Takes one of cargo's lines; false if it is about something else.
+    pub fn count(&mut self, line: &str) -> bool {
+        let word = line.split_whitespace().next().unwrap_or_default();
+        match word {
+            "Compiling" => {
+                self.begun += 1;
+                self.progress.get_or_insert_with(|| Progress::new(&self.label, 0, "crates begun")).at(self.begun);
+            }
+            "Finished" => {
+                if let Some(progress) = self.progress.take() {
+                    progress.finish();
+                }
+            }
+            "Downloading" | "Downloaded" | "Updating" | "Locking" | "Blocking" => {}
+            _ => return false,
+        }
+        true
+    }
 }
 
 /// The cargo that runs us, else the one in PATH.

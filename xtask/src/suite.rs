@@ -26,7 +26,6 @@ pub struct Binaries {
 impl Binaries {
     /// Builds both and copies them to a folder, where a later build does not pull them from under running tests.
     pub fn build(into: &Path) -> Result<Self> {
-        progress::note("building tlsplice and its tests (release, static)");
         let arguments =
             ["--package", "tlsplice", "--package", "tlsplice-tests", "--bin", "tlsplice", "--bin", "tlsplice-suite"];
         let built = first_process::static_build(&arguments)?;

@@ -143,7 +143,11 @@ fn unit_tests(filter: Option<&str>) -> Result<Report> {
     cargo.args(filter).current_dir(first_process::workspace());
     let started = Instant::now();
     let mut report = Report::default();
+    let mut crates = first_process::Crates::new("building the unit tests");
     let ended = process::watch(&mut cargo, RUN_LIMIT, |line| {
+        if crates.count(line) {
+            return;
+        }
         if let Some(counts) = line.strip_prefix("test result: ") {
             let count = |what: &str| count_before(counts, what);
             report.passed += count("passed");
