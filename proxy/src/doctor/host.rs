@@ -2,6 +2,7 @@
 
 use crate::sys::{limits, privilege};
 use std::fs;
+use std::io::Read;
 use std::path::{Path, PathBuf};
 
 /// Where `modprobe` takes its rules from, modprobe.d(5).
@@ -85,13 +86,20 @@ fn tls_module_built(release: &str) -> Option<bool> {
     let modules = Path::new("/lib/modules").join(release);
     let configs =
         [PathBuf::from(format!("/boot/config-{release}")), modules.join("config"), modules.join("build/.config")];
-    if let Some(config) = configs.iter().find_map(|file| fs::read_to_string(file).ok()) {
+    if let Some(config) = running_config().or_else(|| configs.iter().find_map(|file| fs::read_to_string(file).ok())) {
         return Some(config.lines().any(|line| matches!(line, "CONFIG_TLS=y" | "CONFIG_TLS=m")));
     }
     let listed = |file| fs::read_to_string(modules.join(file)).ok();
     let (dep, builtin) = (listed("modules.dep"), listed("modules.builtin"));
     let lists = [dep, builtin].into_iter().flatten().collect::<Vec<_>>();
     if lists.is_empty() { None } else { Some(lists.iter().any(|list| list.contains("net/tls/tls.ko"))) }
+}
+
+/// `/proc/config.gz`, of kernels built with CONFIG_IKCONFIG_PROC.
+fn running_config() -> Option<String> {
+    let mut config = String::new();
+    flate2::read::GzDecoder::new(fs::File::open("/proc/config.gz").ok()?).read_to_string(&mut config).ok()?;
+    Some(config)
 }
 
 /// The driver of the highest priority for `algorithm`, as the kernel itself would choose.

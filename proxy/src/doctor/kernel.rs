@@ -42,10 +42,12 @@ pub(super) fn version(host: &Host, kernel: &Kernel) -> Finding {
     Finding::ok(NAME, found)
 }
 
-/// Debian's `uname -r` may carry an ABI number instead of the patch level; `/proc/version` has `Debian 6.1.192-1`.
+/// Debian's `uname -r` may carry an ABI number instead of the patch level; `/proc/version` ends in `Debian 6.1.192-1`.
+/// That line names Debian's compiler too, so the series has to be the same.
 fn parse_version(proc_version: &str, release: &str) -> Option<(Version, u32)> {
-    let debian = proc_version.split_once("Debian ").map(|(_, rest)| rest);
-    debian.and_then(parse_triple).or_else(|| parse_triple(release))
+    let of_release = parse_triple(release)?;
+    let of_debian = proc_version.rsplit_once("Debian ").and_then(|(_, rest)| parse_triple(rest));
+    Some(of_debian.filter(|(series, _)| *series == of_release.0).unwrap_or(of_release))
 }
 
 fn parse_triple(text: &str) -> Option<(Version, u32)> {
@@ -152,6 +154,8 @@ mod tests {
             parse_version("Linux version 6.1.94-99.amzn2023", "6.1.94-99.176.amzn2023.x86_64"),
             Some((Version(6, 1), 94))
         );
+        let version = "Linux version 7.2.13 (root@host) (gcc (Debian 12.2.0-14) 12.2.0, GNU ld 2.40) #1";
+        assert_eq!(parse_version(version, "7.2.13"), Some((Version(7, 2), 13)));
         assert_eq!(parse_version("", "7.2-rc1"), Some((Version(7, 2), 0)));
         assert_eq!(parse_version("", "none"), None);
     }
