@@ -177,7 +177,7 @@ fn count_before(text: &str, word: &str) -> u64 {
 fn on_host(binaries: &Binaries, arguments: &[OsString], work: &Workplace) -> Result<Report> {
     let offload = Offload::of_this_host();
     progress::note(&format!("[host] starting, offload {offload:?}"));
-    let mut listener = Listener::new("host")?;
+    let mut listener = Listener::new("host", arguments)?;
     let mut command = process::bound_to_us(&binaries.suite);
     command.args(arguments);
     command.envs(suite::environment("host", offload, &binaries.tlsplice, &work.folder("host")?));
@@ -194,7 +194,7 @@ fn on_host(binaries: &Binaries, arguments: &[OsString], work: &Workplace) -> Res
 
 fn in_user_mode(linux: PathBuf, binaries: &Binaries, arguments: &[OsString], work: &Workplace) -> Result<Report> {
     progress::note("[uml] starting, offload Require");
-    let mut listener = Listener::new("uml")?;
+    let mut listener = Listener::new("uml", arguments)?;
     let mut env: Vec<(OsString, OsString)> =
         std::env::var_os("HOME").map(|home| ("HOME".into(), home)).into_iter().collect();
     env.extend(own_variables());

@@ -88,7 +88,7 @@ pub fn tests(
     command.extend_from_slice(arguments);
     let guest = guest(kernel, &Contents { programs, env, command }, size, work)?;
     progress::note(&format!("[{}] starting {}", kernel.series, kernel.version()?));
-    let mut listener = Listener::new(&kernel.series)?;
+    let mut listener = Listener::new(&kernel.series, arguments)?;
     let ended = guest.run(|line| listener.take(line))?;
     let exit = match ended {
         GuestEnded::Exited(status) => Exit::Status(status),
