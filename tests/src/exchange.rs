@@ -237,6 +237,20 @@ impl Setup {
         Client::connect(ctx, self.proxy.address(listener), &Offer::new(ctx, suite)?)
     }
 
+    /// That a connection which stood by is as good as ever, both ways.
+    pub fn check_bystander(&self, client: &mut Client, stream: &Stream) -> Result<()> {
+        let piece = Pattern::up().at(77, 5_000);
+        let mut check = || -> Result<()> {
+            client.tx.data(piece)?;
+            let mut got = vec![0; piece.len()];
+            stream.read_exactly(&mut got)?;
+            ensure!(got == piece, "other bytes came");
+            stream.send(Pattern::down().at(99, 5_000))?;
+            client.rx.read(5_000, |at, data| Pattern::down().check(99 + at, data)).map(drop)
+        };
+        check().context("a connection that stood by")
+    }
+
     /// Both ends of a connection, after `warm` bytes went each way; for a manual upstream.
     pub fn open(&self, ctx: &Context, listener: usize, suite: Suite, warm: u64) -> Result<(Client, Stream)> {
         let mut client = self.client(ctx, listener, suite)?;

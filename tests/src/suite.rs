@@ -3,13 +3,17 @@
 pub mod bulk;
 pub mod closing;
 pub mod door;
+pub mod faults;
 pub mod first_request;
 pub mod java;
 pub mod key_update;
+pub mod limits;
+pub mod nonces;
 pub mod peers;
 pub mod programs;
 pub mod real_clients;
 pub mod slow_readers;
+pub mod trickle;
 
 use crate::environment::{Environment, Kernel};
 use crate::run::Test;
@@ -26,6 +30,10 @@ pub fn tests(env: &Environment) -> Vec<Test> {
     tests.extend(key_update::tests(env));
     tests.extend(closing::tests(env));
     tests.extend(slow_readers::tests(env));
+    tests.extend(faults::tests(env));
+    tests.extend(limits::tests(env));
+    tests.extend(nonces::tests(env));
+    tests.extend(trickle::tests(env));
     tests
 }
 

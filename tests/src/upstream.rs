@@ -335,6 +335,9 @@ pub fn exchange(stream: Stream) -> Result<Served> {
         }
     }
     let request = Request::decode(&head)?;
+    if request.slow {
+        stream.set_receive_buffer(8_192)?;
+    }
     let uploaded = (Mutex::new(false), std::sync::Condvar::new());
     let wait_for_upload = || {
         let done = uploaded.1.wait_while(uploaded.0.lock().expect("no holder panics"), |done| !*done);

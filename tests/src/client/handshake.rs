@@ -119,6 +119,8 @@ pub const RSA_SUITES: [Suite; 3] = [TLS12_RSA_AES_128, TLS12_RSA_AES_256, TLS12_
 #[derive(Debug, Clone)]
 pub struct Offer {
     config: Arc<ClientConfig>,
+    /// The ClientHello goes out in records of so many bytes.
+    hello_record_bytes: usize,
 }
 
 impl Offer {
@@ -143,7 +145,7 @@ impl Offer {
             .with_no_client_auth();
         config.enable_secret_extraction = true;
         config.resumption = Resumption::disabled();
-        Ok(Self { config: config.into() })
+        Ok(Self { config: config.into(), hello_record_bytes: usize::MAX })
     }
 
     fn change(mut self, change: impl FnOnce(&mut ClientConfig)) -> Self {
@@ -154,6 +156,10 @@ impl Offer {
     /// Later connections with this offer resume what earlier ones left.
     pub fn resuming(self) -> Self {
         self.change(|config| config.resumption = Resumption::in_memory_sessions(8))
+    }
+
+    pub fn hello_in_records_of(self, bytes: usize) -> Self {
+        Self { hello_record_bytes: bytes, ..self }
     }
 
     pub fn alpn(self, protocols: &[&str]) -> Self {
@@ -189,6 +195,7 @@ impl Prepared {
 
 struct Shaking {
     socket: TcpStream,
+    hello_record_bytes: usize,
     incoming: Vec<u8>,
     outgoing: Vec<u8>,
     /// Every byte received so far.
@@ -197,6 +204,9 @@ struct Shaking {
 
 impl Shaking {
     fn flush(&mut self) -> Result<()> {
+        if self.hello_record_bytes < self.outgoing.len() && self.wire.is_empty() {
+            self.outgoing = fragmented(&self.outgoing, self.hello_record_bytes);
+        }
         self.socket.write_all(&self.outgoing).context("send a flight")?;
         self.outgoing.clear();
         Ok(())
@@ -249,11 +259,13 @@ pub fn prepare_on(ctx: &Context, socket: TcpStream, offer: &Offer) -> Result<Pre
     socket.set_write_timeout(Some(ctx.environment.patience()))?;
     let name = ServerName::try_from(NAME).expect("a valid name");
     let mut connection = UnbufferedClientConnection::new(offer.config.clone(), name)?;
-    let mut shaking = Shaking { socket, incoming: Vec::new(), outgoing: Vec::new(), wire: Vec::new() };
+    let hello_record_bytes = offer.hello_record_bytes;
+    let mut shaking =
+        Shaking { socket, hello_record_bytes, incoming: Vec::new(), outgoing: Vec::new(), wire: Vec::new() };
     shaking.drive(&mut connection)?;
     let facts = facts(&connection);
     let (secrets, kernel) = connection.dangerous_into_kernel_connection().context("take the secrets")?;
-    let Shaking { socket, incoming, outgoing, wire } = shaking;
+    let Shaking { socket, incoming, outgoing, wire, .. } = shaking;
     let tls13 = kernel.protocol_version() == rustls::ProtocolVersion::TLSv1_3;
     // What is left in `incoming` is counted when the client reads it.
     let seen = records(&wire[..wire.len() - incoming.len()]);
@@ -271,6 +283,13 @@ fn facts(connection: &rustls::client::UnbufferedClientConnection) -> Facts {
 
 pub fn prepare(ctx: &Context, address: SocketAddr, offer: &Offer) -> Result<Prepared> {
     prepare_on(ctx, TcpStream::connect(address).with_context(|| format!("connect to {address}"))?, offer)
+}
+
+/// The same handshake message in smaller records (RFC 8446 section 5.1).
+fn fragmented(record: &[u8], bytes: usize) -> Vec<u8> {
+    let (header, message) = record.split_at(super::record::HEADER_BYTES);
+    let part = |part: &[u8]| [&header[..3], &(part.len() as u16).to_be_bytes(), part].concat();
+    message.chunks(bytes).flat_map(part).collect()
 }
 
 /// The records that these bytes hold, each whole.

@@ -28,13 +28,13 @@ enum Traffic {
 
 const TRAFFIC: [Traffic; 4] = [Traffic::Up, Traffic::Down, Traffic::Both, Traffic::InTurn];
 
-/// Beyond the threshold, so that both relays have their share.
-const PAST_THE_DOOR_BYTES: u64 = 200_000;
+/// Beyond the threshold by more than the userspace relay reads at once, so that both relays have their share.
+const PAST_THE_DOOR_BYTES: u64 = 700_000;
 
 fn every_threshold(ctx: &Context, relay: Relay) -> Result<()> {
     let setup = Setup::exchanging(ctx, relay, &DOORS)?;
     let mut round = 0;
-    let mut late = 0;
+    let mut late: Vec<String> = Vec::new();
     for (listener, door) in DOORS.into_iter().enumerate() {
         for traffic in TRAFFIC {
             // All suites natively; in a guest they take turns.
@@ -42,11 +42,19 @@ fn every_threshold(ctx: &Context, relay: Relay) -> Result<()> {
             for turn in 0..suites {
                 let suite = SUITES[(round + turn) % SUITES.len()];
                 round += 1;
-                late += one(ctx, &setup, listener, suite, &plan(ctx, suite, door, traffic, round as u64))?;
+                let plan = plan(ctx, suite, door, traffic, round as u64);
+                if one(ctx, &setup, listener, suite, &plan)? {
+                    let rekeyed = if plan.updates == Updates::None { "" } else { " rekeyed" };
+                    late.push(format!("{traffic:?} {door}{rekeyed}"));
+                }
             }
         }
     }
-    ctx.note(&format!("{round} transfers, {late} of them ended before they reached a door that they had earned"));
+    ctx.note(&format!(
+        "{round} transfers; {} ended before the door that they had earned: {}",
+        late.len(),
+        late.join(", ")
+    ));
     setup.finish(ctx).map(drop)
 }
 
@@ -78,18 +86,18 @@ fn updates(ctx: &Context, door: u64, up: u64, random: &mut Random) -> Updates {
     }
 }
 
-/// 1 if it had moved enough for the door and did not go through it.
-fn one(ctx: &Context, setup: &Setup, listener: usize, suite: Suite, plan: &Plan) -> Result<u64> {
+/// Whether it had moved enough for the door and did not go through it.
+fn one(ctx: &Context, setup: &Setup, listener: usize, suite: Suite, plan: &Plan) -> Result<bool> {
     let door = setup.proxy.settings.listeners[listener].offload_after;
     let before = setup.proxy.settled()?;
     setup.transfer(ctx, listener, suite, plan)?;
     let after = setup.proxy.settled()?;
     let offloaded = after.offloaded() - before.offloaded();
     let rekeyed = after.declined("rekeyed") - before.declined("rekeyed");
-    let check = || -> Result<u64> {
+    let check = || -> Result<bool> {
         if !setup.proxy.settings.relay.offloads() {
             ensure!(offloaded == 0, "it was offloaded");
-            return Ok(0);
+            return Ok(false);
         }
         let unable = plan.updates != Updates::None && !ctx.environment.rekeys();
         ensure!(offloaded <= 1, "offloaded {offloaded} times");
@@ -98,7 +106,7 @@ fn one(ctx: &Context, setup: &Setup, listener: usize, suite: Suite, plan: &Plan)
             "rekeyed before the door: offloaded {offloaded}, declined {rekeyed}"
         );
         ensure!(unable || door > 0 || offloaded == 1, "a door at 0 was not taken");
-        Ok(u64::from(!unable && offloaded == 0))
+        Ok(!unable && offloaded == 0)
     };
     check().with_context(|| format!("{}, offload_after {door}, {plan:?}", suite.name))
 }

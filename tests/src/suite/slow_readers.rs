@@ -62,7 +62,14 @@ fn readers(ctx: &Context, relay: Relay, way: Way) -> Result<()> {
     let one = |n: usize| -> Result<()> {
         let socket = small_socket(setup.proxy.address(n / 2 % 2), RECEIVE_BUFFER_BYTES)?;
         let client = Client::connect_on(ctx, socket, &offers[n % 2])?;
-        let fin = read_slowly(ctx, client, way)?;
+        let what = || {
+            format!(
+                "TLS 1.3: {}, offload_after {}",
+                n % 2 == 0,
+                setup.proxy.settings.listeners[n / 2 % 2].offload_after
+            )
+        };
+        let fin = read_slowly(ctx, client, way).with_context(what)?;
         resets.fetch_add(u64::from(!fin), Relaxed);
         Ok(())
     };

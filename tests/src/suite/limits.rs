@@ -1,0 +1,225 @@
+//! Limits that an operator names, and what the machine runs out of: each is felt by those who exceed it, and by nobody
+//! else.
+
+use crate::client::handshake::{Offer, TLS12_AES_256, TLS13_AES_128, TLS13_AES_256};
+use crate::client::{Client, How};
+use crate::environment::{Environment, Relay};
+use crate::exchange::{self, Plan, Setup};
+use crate::pattern::Pattern;
+use crate::process::free_port;
+use crate::proxy::loopback;
+use crate::run::{Context, Test};
+use crate::scrape::Descriptors;
+use crate::upstream::{Kind, PeerEnd, THREAD_STACK_BYTES, Upstream, exchange as serve};
+use anyhow::{Context as _, Result, ensure};
+use rustix::process::{Pid, Resource, Rlimit, prlimit};
+use socket2::{Domain, Socket, Type};
+use std::io::{Read, Write};
+use std::net::TcpStream;
+use std::thread;
+use std::time::{Duration, Instant};
+
+pub fn tests(env: &Environment) -> Vec<Test> {
+    let mut tests = Vec::new();
+    let mut add = |name, run| tests.extend(Test::each_relay(env, name, run));
+    add("a_connection_above_the_cap_is_refused_and_the_next_below_it_served", cap);
+    add("a_client_that_does_not_finish_its_handshake_is_cut", handshake_timeout);
+    add("an_idle_connection_is_cut_and_a_busy_one_is_not", idle_timeout);
+    add("an_upstream_that_refuses_ends_the_connection_without_a_clean_end", refused);
+    add("an_upstream_that_does_not_answer_is_given_up", connect_timeout);
+    add("out_of_descriptors_it_waits_and_serves_on", out_of_descriptors);
+    add("slow_upstreams_behind_random_records_lose_nothing", slow_upstreams);
+    if env.offload {
+        add("past_the_cap_of_pipe_memory_transfers_copy", pipe_memory);
+    }
+    tests
+}
+
+fn exchanging(ctx: &Context, relay: Relay, limits: &[&str]) -> Result<Setup> {
+    let upstream = Upstream::serve(&ctx.environment, Kind::V4, serve)?;
+    Setup::with(ctx, relay, &[0], upstream, |s| limits.iter().fold(s, |s, line| s.limit(line)))
+}
+
+fn cap(ctx: &Context, relay: Relay) -> Result<()> {
+    const CAP: usize = 4;
+    let setup = exchanging(ctx, relay, &["connections = 4"])?;
+    let open = || setup.client(ctx, 0, TLS13_AES_128);
+    let mut held = (0..CAP).map(|_| open()).collect::<Result<Vec<_>>>()?;
+    setup.proxy.wait_for("four connections", |m| m.live() == CAP as u64)?;
+    for _ in 0..3 {
+        ensure!(open().is_err(), "a fifth connection was served");
+    }
+    let refused = |m: &crate::scrape::Metrics| m.sum("tlsplice_connections_refused_total", &[("reason", "limit")]);
+    setup.proxy.wait_for("three refusals", |m| refused(m) == 3)?;
+    for _ in 0..2 {
+        held.pop().context("four are held")?.finish()?;
+        setup.upstream.served()?;
+    }
+    setup.proxy.wait_for("two connections", |m| m.live() == 2)?;
+    let ended = exchange::run(open()?, &Plan::new(1_000, 1_000))?.ended;
+    ensure!((ended.bytes, ended.how) == (1_000, How::CloseNotify), "{ended:?}");
+    drop(held);
+    setup.finish(ctx).map(drop)
+}
+
+fn handshake_timeout(ctx: &Context, relay: Relay) -> Result<()> {
+    let setup = exchanging(ctx, relay, &["handshake_timeout = \"2s\""])?;
+    let silences: [&[u8]; 3] = [b"", &[22], &[22, 3, 1, 0, 200, 1, 0, 0]];
+    for silence in silences {
+        let mut socket = TcpStream::connect(setup.proxy.address(0))?;
+        socket.set_read_timeout(Some(ctx.environment.patience()))?;
+        socket.write_all(silence)?;
+        let mut rest = Vec::new();
+        match socket.read_to_end(&mut rest) {
+            Err(e) if e.kind() != std::io::ErrorKind::ConnectionReset => return Err(e).context("it was not cut"),
+            Ok(_) | Err(_) => {}
+        }
+    }
+    let metrics = setup.finish(ctx)?;
+    ensure!(metrics.ended("handshake_timeout") == 3, "endings: {}", metrics.endings());
+    Ok(())
+}
+
+fn idle_timeout(ctx: &Context, relay: Relay) -> Result<()> {
+    let upstream = Upstream::manual(&ctx.environment, Kind::V4)?;
+    let setup = Setup::with(ctx, relay, &[0, 16_384], upstream, |s| s.limit("idle_timeout = \"2s\""))?;
+    for listener in 0..2 {
+        let (mut idle, idle_stream) = setup.open(ctx, listener, TLS13_AES_256, 40_000)?;
+        let (mut busy, busy_stream) = setup.open(ctx, listener, TLS12_AES_256, 40_000)?;
+        let until = Instant::now() + Duration::from_secs(4);
+        while Instant::now() < until {
+            setup.check_bystander(&mut busy, &busy_stream)?;
+            thread::sleep(Duration::from_millis(200));
+        }
+        let ended = idle.rx.drain(None)?;
+        ensure!(ended.bytes == 0, "{ended:?}");
+        let (_, end) = idle_stream.drain(Pattern::up(), 40_000)?;
+        ctx.note(&format!("an idle client saw {:?}, its upstream {end:?}", ended.how));
+        setup.check_bystander(&mut busy, &busy_stream)?;
+    }
+    let metrics = setup.finish(ctx)?;
+    ensure!(metrics.ended("idle_timeout") == 2, "endings: {}", metrics.endings());
+    Ok(())
+}
+
+fn refused(ctx: &Context, relay: Relay) -> Result<()> {
+    let upstream = Upstream::manual(&ctx.environment, Kind::V4)?;
+    let nobody = loopback(free_port()?).to_string();
+    let missing = format!("unix:{}", ctx.environment.tmp.join("nobody.sock").display());
+    let setup = Setup::with(ctx, relay, &[0, 0, 0], upstream, |mut settings| {
+        settings.listeners[1].server = nobody;
+        settings.listeners[2].server = missing;
+        settings
+    })?;
+    let (mut bystander, other) = setup.open(ctx, 0, TLS13_AES_128, 1_000)?;
+    for listener in [1, 2] {
+        for suite in [TLS13_AES_256, TLS12_AES_256] {
+            let mut client = setup.client(ctx, listener, suite)?;
+            // Nobody will take it.
+            let _ = client.tx.data(b"hello");
+            let ended = client.rx.drain(None)?;
+            ensure!(ended.how != How::CloseNotify && ended.bytes == 0, "{}: {ended:?}", suite.name);
+        }
+    }
+    setup.check_bystander(&mut bystander, &other)?;
+    drop((bystander, other));
+    let metrics = setup.finish(ctx)?;
+    ensure!(metrics.ended("connect_failed") == 4, "endings: {}", metrics.endings());
+    Ok(())
+}
+
+/// A listening socket whose queue is full drops every SYN.
+fn connect_timeout(ctx: &Context, relay: Relay) -> Result<()> {
+    let silent = Socket::new(Domain::IPV4, Type::STREAM, None)?;
+    silent.bind(&loopback(free_port()?).into())?;
+    silent.listen(0)?;
+    let address = silent.local_addr()?.as_socket().context("an address")?;
+    let fill = |_| -> Result<Socket> {
+        let socket = Socket::new(Domain::IPV4, Type::STREAM, None)?;
+        socket.set_nonblocking(true)?;
+        // In progress, for ever for most of them.
+        let _ = socket.connect(&address.into());
+        Ok(socket)
+    };
+    let fillers = (0..4).map(fill).collect::<Result<Vec<_>>>()?;
+    thread::sleep(ctx.environment.moment() * 50);
+    let upstream = Upstream::manual(&ctx.environment, Kind::V4)?;
+    let setup = Setup::with(ctx, relay, &[0], upstream, |mut settings| {
+        settings.listeners[0].server = address.to_string();
+        settings.limit("connect_timeout = \"1s\"")
+    })?;
+    let mut client = setup.client(ctx, 0, TLS13_AES_128)?;
+    let ended = client.rx.drain(None)?;
+    ensure!(ended.how != How::CloseNotify, "{ended:?}");
+    drop(client);
+    let metrics = setup.finish(ctx)?;
+    ensure!(metrics.ended("connect_timeout") == 1, "endings: {}", metrics.endings());
+    drop(fillers);
+    Ok(())
+}
+
+/// Its limit of descriptors is lowered while it runs; when it is raised again everything is as before.
+fn out_of_descriptors(ctx: &Context, relay: Relay) -> Result<()> {
+    const ROOM: u64 = 12;
+    let setup = Setup::exchanging(ctx, relay, &[0])?;
+    setup.transfer(ctx, 0, TLS13_AES_128, &Plan::new(100_000, 100_000))?;
+    let pid = Pid::from_raw(i32::try_from(setup.proxy.pid())?);
+    let Descriptors { sockets, pipes, others } = Descriptors::of(setup.proxy.pid())?;
+    let open = (sockets + pipes + others) as u64;
+    let old = prlimit(pid, Resource::Nofile, Rlimit { current: Some(open + ROOM), maximum: Some(20_000) })?;
+    let dial = |_| TcpStream::connect(setup.proxy.address(0)).context("a connection is queued");
+    let waiting = (0..30).map(dial).collect::<Result<Vec<_>>>()?;
+    thread::sleep(Duration::from_millis(1_500));
+    drop(waiting);
+    prlimit(pid, Resource::Nofile, old)?;
+    let before = setup.proxy.log().lines().filter(|l| l.contains("open files") || l.contains("descriptor")).count();
+    let client = Client::connect(ctx, setup.proxy.address(0), &Offer::new(ctx, TLS13_AES_128)?)?;
+    let ended = exchange::run(client, &Plan::new(100_000, 100_000))?.ended;
+    ensure!((ended.bytes, ended.how) == (100_000, How::CloseNotify), "{ended:?}");
+    ctx.note(&format!("{before} lines of the log are about descriptors"));
+    setup.finish(ctx).map(drop)
+}
+
+const SLOW_TRANSFERS: u64 = 8;
+
+/// Pipes that fill, and splices that they cut short: on kernels before 6.12.112 and on 6.18.15 those lose bytes.
+fn slow_upstreams(ctx: &Context, relay: Relay) -> Result<()> {
+    let setup = Setup::exchanging(ctx, relay, &[0, 16_384])?;
+    slow_transfers(ctx, &setup)?;
+    setup.finish(ctx).map(drop)
+}
+
+fn slow_transfers(ctx: &Context, setup: &Setup) -> Result<()> {
+    let bytes = ctx.environment.scale(6 << 20, 3 << 20);
+    let listeners = setup.proxy.settings.listeners.len();
+    thread::scope(|scope| {
+        let one = move |n: u64| -> Result<()> {
+            let suite = if n.is_multiple_of(2) { TLS13_AES_256 } else { TLS12_AES_256 };
+            let client = setup.client(ctx, n as usize / 2 % listeners, suite)?;
+            let plan = Plan::new(bytes, 300_000).ragged(n).with(|request| request.slow = true);
+            let plan = if n % 3 == 0 { Plan { records: (1, 3_000), ..plan } } else { plan };
+            let ended = exchange::run(client, &plan).with_context(|| format!("transfer {n}"))?.ended;
+            ensure!((ended.bytes, ended.how) == (300_000, How::CloseNotify), "transfer {n}: {ended:?}");
+            Ok(())
+        };
+        let start = |n| thread::Builder::new().stack_size(THREAD_STACK_BYTES).spawn_scoped(scope, move || one(n));
+        let running = (0..SLOW_TRANSFERS).map(start).collect::<std::io::Result<Vec<_>>>()?;
+        running.into_iter().try_for_each(|t| t.join().expect("a client does not panic"))
+    })?;
+    for _ in 0..SLOW_TRANSFERS {
+        let served = setup.upstream.served()?;
+        ensure!((served.up, served.end) == (bytes, PeerEnd::Fin), "the upstream saw {served:?}");
+    }
+    Ok(())
+}
+
+/// With room for one pipe or none the rest of the transfers copy, and are counted.
+fn pipe_memory(ctx: &Context, relay: Relay) -> Result<()> {
+    let setup = exchanging(ctx, relay, &["pipe_memory = \"1 MiB\""])?;
+    slow_transfers(ctx, &setup)?;
+    let metrics = setup.finish(ctx)?;
+    let denied = metrics.sum("tlsplice_pipe_denied_total", &[]);
+    ctx.note(&format!("{denied} pipes denied, {} bytes spliced, {} copied", metrics.spliced(), metrics.copied()));
+    ensure!(denied > 0 && metrics.copied() > 0, "eight slow transfers had pipes enough in 1 MiB");
+    Ok(())
+}
