@@ -142,8 +142,17 @@ fn accept_batch(listening: &Listening, core: &Rc<Core>) -> io::Result<Batch> {
 fn is_about_one_client(error: &io::Error) -> bool {
     let code = error.raw_os_error().unwrap_or(0);
     let network = [
-        libc::ECONNABORTED, libc::EINTR, libc::EPERM, libc::EPROTO, libc::ENETDOWN, libc::ENOPROTOOPT,
-        libc::EHOSTDOWN, libc::ENONET, libc::EHOSTUNREACH, libc::EOPNOTSUPP, libc::ENETUNREACH,
+        libc::ECONNABORTED,
+        libc::EINTR,
+        libc::EPERM,
+        libc::EPROTO,
+        libc::ENETDOWN,
+        libc::ENOPROTOOPT,
+        libc::EHOSTDOWN,
+        libc::ENONET,
+        libc::EHOSTUNREACH,
+        libc::EOPNOTSUPP,
+        libc::ENETUNREACH,
     ];
     network.contains(&code)
 }

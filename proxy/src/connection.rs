@@ -9,7 +9,7 @@ use crate::handshake::{Handshaken, handshake};
 use crate::observe::counters::End;
 use crate::offload::{self, Offloaded, through_the_door};
 use crate::pipes::Share;
-use crate::relay::userspace::{Door, Stop, Userspace};
+use crate::relay::userspace::{Door, Stop, UserKeys, Userspace};
 use crate::relay::{Ended, Link, Spare, Worker};
 use crate::ring::Sock;
 use crate::session::Session;
@@ -40,12 +40,12 @@ pub struct Accepted {
 
 /// The spine. Each stage is boxed, so that what waits holds only the stage it is in.
 pub async fn serve(accepted: Accepted, worker: Rc<Worker>) {
-    let (peer, snapshot) = (accepted.peer, accepted.snapshot.clone());
+    let peer = accepted.peer;
     let Some(mut relay) = Box::pin(establish(accepted, &worker)).await else { return };
 
     let (link, ended, pending) = match relay.run().await {
         Stop::Over(ended) => (relay.link, ended, relay.to_client),
-        Stop::AtDoor => match through_the_door(*relay, &snapshot.config) {
+        Stop::AtDoor => match through_the_door(*relay) {
             Offloaded::Kernel(kernel) => {
                 let mut kernel = Box::new(kernel);
                 let ended = kernel.run().await;
@@ -75,7 +75,7 @@ async fn establish(accepted: Accepted, worker: &Rc<Worker>) -> Option<Box<Usersp
     let mut client = Sock::new(client);
     let _ = socket::set_nodelay(client.fd());
     let _ = socket::set_unsent_limit(client.fd(), UNSENT_BYTES);
-    let session = match Session::new(snapshot.tls.clone(), limits.records_per_key) {
+    let session = match Session::new(snapshot.tls.clone()) {
         Ok(session) => session,
         Err(e) => {
             report(peer, worker, End::Internal, "handshake", &e.to_string());
@@ -93,10 +93,17 @@ async fn establish(accepted: Accepted, worker: &Rc<Worker>) -> Option<Box<Usersp
         }
     };
     worker.counters.handshakes.add(1);
-    let details = session.details();
-    tracing::debug!(%peer, version = ?details.version, suite = ?details.suite, group = ?details.group,
-        "handshake complete");
-    let door = offload::plan(&listener, &worker.kernel, &session).unwrap_or_else(|why| {
+    let group = session.group();
+    let keys = session.into_keys().map_err(std::io::Error::other);
+    let keys = match keys.and_then(|keys| UserKeys::new(keys, limits.records_per_key)) {
+        Ok(keys) => keys,
+        Err(e) => {
+            report(peer, worker, End::Internal, "handshake", &e.to_string());
+            return None;
+        }
+    };
+    tracing::debug!(%peer, suite = ?keys.ring.suite.suite(), ?group, "handshake complete");
+    let door = offload::plan(&listener, &worker.kernel, keys.ring.suite).unwrap_or_else(|why| {
         worker.counters.declined(why);
         Door::Shut
     });
@@ -105,7 +112,6 @@ async fn establish(accepted: Accepted, worker: &Rc<Worker>) -> Option<Box<Usersp
         Err(failure) => {
             report(peer, worker, failure.how, "connect", &failure.reason);
             // A FIN without a close_notify: nothing has come to a clean end.
-            drop(session);
             close::refuse(client, &watch, worker, Spare::default()).await;
             return None;
         }
@@ -113,8 +119,9 @@ async fn establish(accepted: Accepted, worker: &Rc<Worker>) -> Option<Box<Usersp
     let _ = socket::set_unsent_limit(upstream.fd(), UNSENT_BYTES);
     watch.forgive();
     watch.allow(limits.idle_timeout);
-    let link = Link { client, upstream, watch, worker: worker.clone(), share, next_turn: None, moved_up: 0, moved_down: 0 };
-    Some(Box::new(Userspace::new(link, session, leftover, door)))
+    let link =
+        Link { client, upstream, watch, worker: worker.clone(), share, next_turn: None, moved_up: 0, moved_down: 0 };
+    Some(Box::new(Userspace::new(link, keys, leftover, door)))
 }
 
 /// Counts the end, and logs one that is not clean.

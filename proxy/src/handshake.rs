@@ -7,9 +7,10 @@
 
 use crate::close::writable;
 use crate::observe::counters::End;
+use crate::protect::missing_bytes;
 use crate::relay::Spare;
 use crate::ring::Sock;
-use crate::session::{self, Session};
+use crate::session::Session;
 use crate::sys::socket;
 use crate::watch::{Verdict, Watch};
 use std::future::poll_fn;
@@ -39,7 +40,7 @@ pub struct Failure {
 pub async fn handshake(client: &mut Sock, watch: &Watch, session: Session, exact: bool) -> Result<Handshaken, Failure> {
     let mut state = State { session, wire: Vec::new(), out: Spare::default() };
     loop {
-        let missing = session::missing_bytes(&state.wire);
+        let missing = missing_bytes(&state.wire);
         let wanted = if exact { missing } else { missing.max(READ_BYTES) };
         if state.wire.len() + wanted > HANDSHAKE_BYTES {
             return Err(state.failed(End::HandshakeFailed, "the client's handshake is longer than 64 KiB"));
@@ -96,23 +97,12 @@ impl State {
 
     /// Gives rustls what is there and sends what it says.
     async fn step(&mut self, client: &mut Sock, watch: &Watch) -> Result<(), Failure> {
-        // No data can come before the handshake is complete, and feed stops there.
-        let mut plain = Vec::new();
         let mut out = Vec::new();
-        loop {
-            let fed = self.session.feed(&mut self.wire, &mut plain, &mut out);
-            self.wire.drain(..fed.consumed);
-            self.out.push(&out);
-            out.clear();
-            if let Some(error) = fed.error {
-                return Err(self.failed(End::HandshakeFailed, error.to_string()));
-            }
-            if fed.closed {
-                return Err(self.failed(End::HandshakeFailed, "the client closed the session in the handshake"));
-            }
-            if fed.consumed == 0 || self.session.is_established() || self.wire.is_empty() {
-                break;
-            }
+        let fed = self.session.feed(&mut self.wire, &mut out);
+        self.wire.drain(..fed.consumed);
+        self.out.push(&out);
+        if let Some(error) = fed.error {
+            return Err(self.failed(End::HandshakeFailed, error.to_string()));
         }
         loop {
             match self.out.flush(client) {

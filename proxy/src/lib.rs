@@ -14,6 +14,7 @@ pub mod observe;
 pub mod offload;
 pub mod pipes;
 pub mod probe;
+pub mod protect;
 pub mod relay;
 pub mod ring;
 pub mod session;

@@ -3,7 +3,7 @@
 //!   Userspace ──can the kernel?──no──▶ Declined(Userspace, reason)
 //!       │ yes
 //!      ULP
-//!       │      one-way door: the rustls session is consumed here
+//!       │      one-way door: the keys leave userspace here
 //!       ▼
 //!   TLS_TX ─▶ TLS_RX ─▶ Kernel
 //!
@@ -11,28 +11,28 @@
 //! there ends the connection. The relay comes here only at the boundary of a record with nothing left to send, so the
 //! sequence numbers are exact. This module moves no bytes and reads no records.
 
-use crate::config::{Config, Listener, Offload, OffloadAfter};
+use crate::config::{Listener, Offload, OffloadAfter};
 use crate::observe::counters::{Decline, End};
 use crate::probe;
-use crate::relay::kernel::{Kernel, KernelKeys};
+use crate::relay::kernel::Kernel;
 use crate::relay::userspace::{Door, Userspace};
 use crate::relay::{Ended, Link};
-use crate::session::Session;
-use crate::sys::ktls::{self, Direction, Keys};
+use crate::sys::ktls;
+use rustls::SupportedCipherSuite;
 
 /// `offload_after = "auto"`, in bytes: below it, setting kTLS up costs more than it saves. One row until more series
 /// have been measured.
 const OFFLOAD_AFTER_AUTO_BYTES: u64 = 128 << 10;
 
 /// When this connection goes through the door, or why it never does.
-pub fn plan(listener: &Listener, kernel: &probe::Kernel, session: &Session) -> Result<Door, Decline> {
+pub fn plan(listener: &Listener, kernel: &probe::Kernel, suite: SupportedCipherSuite) -> Result<Door, Decline> {
     if listener.offload == Offload::Off {
         return Err(Decline::Off);
     }
     if kernel.no_ulp.is_some() {
         return Err(Decline::NoUlp);
     }
-    if !session.suite().is_some_and(|suite| kernel.offloads(suite)) {
+    if !kernel.offloads(suite) {
         return Err(Decline::Cipher);
     }
     Ok(Door::After(offload_after(listener)))
@@ -52,7 +52,6 @@ pub fn is_immediate(listener: &Listener, kernel: &probe::Kernel) -> bool {
 }
 
 /// What came of an attempt. The relay that stays has its door shut.
-#[expect(clippy::large_enum_variant, reason = "moved once, and boxing either would cost an allocation for each connection")]
 pub enum Offloaded {
     Kernel(Kernel),
     Declined(Userspace, Decline),
@@ -61,36 +60,24 @@ pub enum Offloaded {
 }
 
 /// Takes a relay that stands at the door through it.
-pub fn through_the_door(mut relay: Userspace, config: &Config) -> Offloaded {
+pub fn through_the_door(mut relay: Userspace) -> Offloaded {
     relay.door = Door::Shut;
-    if relay.session.rekeyed && !relay.link.worker.kernel.rekey {
+    if relay.rekeyed && !relay.link.worker.kernel.rekey {
         // A client that has changed its keys once does so again, and this kernel could not follow.
         return Offloaded::Declined(relay, Decline::Rekeyed);
     }
     if ktls::attach(relay.link.client.fd()).is_err() {
         return Offloaded::Declined(relay, Decline::Socket);
     }
-    let Userspace { link, session, to_upstream, up, down, .. } = relay;
-    let failed = |link: Link, stage: &str, reason: String| {
-        tracing::warn!(stage, reason, "offload failed below the door");
-        Offloaded::Failed(link, Ended::abort(End::Internal))
-    };
-    let (secrets, keys) = match session.into_kernel() {
-        Ok(both) => both,
-        Err(e) => return failed(link, "take the secrets", e.to_string()),
-    };
-    let suite = keys.negotiated_cipher_suite();
-    let sequence = secrets.tx.0;
-    for (direction, secret) in [(Direction::Tx, secrets.tx), (Direction::Rx, secrets.rx)] {
-        let installed = match Keys::new(suite, direction, secret) {
-            Some(keys) => keys.install(link.client.fd(), direction).map_err(|e| e.to_string()),
-            None => Err("no such suite in the kernel".to_owned()),
-        };
-        if let Err(reason) = installed {
-            return failed(link, &format!("install {direction:?} keys"), reason);
+    let Userspace { link, keys, to_upstream, up, down, .. } = relay;
+    match keys.into_kernel(link.client.fd()) {
+        Ok(keys) => {
+            link.worker.counters.offloaded.add(1);
+            Offloaded::Kernel(Kernel::new(link, keys, to_upstream, up, down))
+        }
+        Err((direction, e)) => {
+            tracing::error!(stage = "offload", reason = %e, ?direction, "installing keys failed below the door");
+            Offloaded::Failed(link, Ended::abort(End::Internal))
         }
     }
-    link.worker.counters.offloaded.add(1);
-    let keys = KernelKeys::new(keys, sequence, config.limits.records_per_key);
-    Offloaded::Kernel(Kernel::new(link, keys, to_upstream, up, down))
 }

@@ -5,8 +5,8 @@
 use crate::sys::ktls::{self, Direction, Keys};
 use crate::sys::pipe::Pipe;
 use crate::sys::socket;
-use rustls::crypto::aws_lc_rs::cipher_suite as suites;
 use rustls::SupportedCipherSuite;
+use rustls::crypto::aws_lc_rs::cipher_suite as suites;
 use serde::Serialize;
 use std::io::{self, Write};
 use std::net::{TcpListener, TcpStream};
@@ -51,13 +51,22 @@ impl Kernel {
     pub fn probe() -> Self {
         let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default().trim().to_owned();
         let no_ulp = Pair::new().and_then(|p| ktls::attach(p.near.as_fd())).err().map(|e| match e.raw_os_error() {
-            Some(libc::ENOENT) => "the kernel has no tls module, or it is not loaded and only root may load it".to_owned(),
+            Some(libc::ENOENT) => {
+                "the kernel has no tls module, or it is not loaded and only root may load it".to_owned()
+            }
             _ => format!("setsockopt(TCP_ULP, \"tls\"): {e}"),
         });
         if no_ulp.is_some() {
             let none = |(name, _): &(&'static str, _)| SuiteSupport { name, tx: false, rx: false };
             let suites = PROBED.iter().map(none).collect();
-            return Self { release, no_ulp, suites, rekey: false, short_splice_safe: false, partial_record_wakes: true };
+            return Self {
+                release,
+                no_ulp,
+                suites,
+                rekey: false,
+                short_splice_safe: false,
+                partial_record_wakes: true,
+            };
         }
         let suites = PROBED.iter().map(|&(name, suite)| SuiteSupport {
             name,
@@ -81,9 +90,7 @@ impl Kernel {
 
     /// Both directions of this suite work.
     pub fn offloads(&self, suite: SupportedCipherSuite) -> bool {
-        let same = |other: SupportedCipherSuite| {
-            suite.version() == other.version() && cipher(suite) == cipher(other)
-        };
+        let same = |other: SupportedCipherSuite| suite.version() == other.version() && cipher(suite) == cipher(other);
         let at = PROBED.iter().position(|(_, s)| same(*s));
         at.and_then(|i| self.suites.get(i)).is_some_and(|s| s.tx && s.rx)
     }

@@ -15,11 +15,13 @@ pub mod userspace;
 
 use crate::observe::counters::{Counters, End};
 use crate::pipes::Share;
+use crate::protect::{OVERHEAD_BYTES, PLAIN_BYTES, WIRE_BYTES};
 use crate::ring::{NextTurn, Sock};
-use crate::sys::socket;
+use crate::sys::socket::{self, VECTORS};
 use crate::watch::{Verdict, Watch};
 use std::future::Future;
 use std::io;
+use std::ops::Range;
 use std::pin::Pin;
 use std::rc::Rc;
 use std::task::{Context, Poll, ready};
@@ -28,7 +30,9 @@ use std::time::Duration;
 /// Bytes that one direction moves before the other connections of the worker have their turn.
 pub const TURN_BYTES: usize = 1 << 20;
 /// Bytes read at once when copying, and so what a stalled reader can make one direction hold.
-pub const COPY_BYTES: usize = 128 << 10;
+pub const COPY_BYTES: usize = COPY_RECORDS * PLAIN_BYTES;
+/// The same, in full records.
+pub const COPY_RECORDS: usize = 8;
 /// How long the other direction may be silent once one has ended without hope of more: a client that is gone without
 /// a close_notify, an upstream that has said all. A clean half-close of the client has `idle_timeout`, as it waits
 /// for an answer.
@@ -62,19 +66,20 @@ pub struct Worker {
 pub struct Scratch {
     /// What a socket gave.
     pub received: Box<[u8]>,
-    /// Records opened.
-    pub plain: Vec<u8>,
-    /// Records sealed.
+    /// Records sealed, in slots.
     pub sealed: Box<[u8]>,
+    /// Where plaintext lies in `received`.
+    pub pieces: Vec<Range<usize>>,
 }
 
 impl Scratch {
     pub fn new() -> Self {
-        let received = COPY_BYTES + crate::session::RECORD_WIRE_BYTES;
+        let buffer = |bytes: usize| vec![0; bytes].into_boxed_slice();
         Self {
-            received: vec![0; received].into_boxed_slice(),
-            plain: Vec::with_capacity(received),
-            sealed: vec![0; crate::session::sealed_bytes(COPY_BYTES)].into_boxed_slice(),
+            // A large read behind what is left of a record.
+            received: buffer(COPY_BYTES + WIRE_BYTES),
+            sealed: buffer(COPY_RECORDS * (PLAIN_BYTES + OVERHEAD_BYTES)),
+            pieces: Vec::with_capacity(VECTORS),
         }
     }
 }
@@ -302,6 +307,13 @@ pub struct Want {
 pub fn is_gone(error: &io::Error) -> bool {
     matches!(
         error.raw_os_error(),
-        Some(libc::ECONNRESET | libc::EPIPE | libc::ECONNABORTED | libc::ETIMEDOUT | libc::EHOSTUNREACH | libc::ENETUNREACH)
+        Some(
+            libc::ECONNRESET
+                | libc::EPIPE
+                | libc::ECONNABORTED
+                | libc::ETIMEDOUT
+                | libc::EHOSTUNREACH
+                | libc::ENETUNREACH
+        )
     )
 }

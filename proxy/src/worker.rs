@@ -62,14 +62,12 @@ impl Worker {
         let (commands, receiver) = unbounded_channel();
         let (started, has_started) = std::sync::mpsc::channel();
         let counted = counters.clone();
-        let thread = std::thread::Builder::new().name(format!("worker-{index}")).spawn(move || {
-            match runtime() {
-                Ok(runtime) => {
-                    let _ = started.send(Ok(()));
-                    runtime.block_on(run(snapshot, open, kernel, counted, receiver));
-                }
-                Err(e) => drop(started.send(Err(e))),
+        let thread = std::thread::Builder::new().name(format!("worker-{index}")).spawn(move || match runtime() {
+            Ok(runtime) => {
+                let _ = started.send(Ok(()));
+                runtime.block_on(run(snapshot, open, kernel, counted, receiver));
             }
+            Err(e) => drop(started.send(Err(e))),
         })?;
         let dead = |_| Err(io::Error::other("the worker's thread ended before it began"));
         has_started.recv().unwrap_or_else(dead)?;

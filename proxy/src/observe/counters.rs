@@ -98,7 +98,7 @@ label! {
 }
 
 /// One worker's counts.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Counters {
     pub accepted: Count,
     /// Refused at `limits.connections`.
@@ -123,29 +123,6 @@ pub struct Counters {
     /// Transfers that copied because no pipe was to be had.
     pub pipe_denied: Count,
     pub pipe_bytes: Count,
-}
-
-impl Default for Counters {
-    fn default() -> Self {
-        Self {
-            accepted: Count::default(),
-            refused_limit: Count::default(),
-            accept_pauses: Count::default(),
-            live: Count::default(),
-            handshakes: Count::default(),
-            offloaded: Count::default(),
-            declined: Default::default(),
-            ended: Default::default(),
-            up_spliced: Count::default(),
-            up_copied: Count::default(),
-            down_spliced: Count::default(),
-            down_copied: Count::default(),
-            key_updates_received: Count::default(),
-            key_updates_sent: Count::default(),
-            pipe_denied: Count::default(),
-            pipe_bytes: Count::default(),
-        }
-    }
 }
 
 impl Counters {

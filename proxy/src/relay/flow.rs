@@ -123,12 +123,7 @@ impl Flow {
     }
 
     /// Sends what is on the way; `note` is told of each splice's bytes. An error is the sink's.
-    pub fn drain(
-        &mut self,
-        cx: &mut Context<'_>,
-        sink: &mut Sock,
-        mut note: impl FnMut(usize),
-    ) -> io::Result<Drained> {
+    pub fn drain(&mut self, cx: &mut Context<'_>, sink: &mut Sock, mut note: impl FnMut(usize)) -> io::Result<Drained> {
         if !self.spare.flush(sink)? {
             return Ok(Drained::Blocked);
         }

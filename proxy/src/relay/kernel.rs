@@ -8,9 +8,9 @@
 use super::flow::{Drained, Flow, Splicer};
 use super::record::{self, Fatal, Head, alert};
 use super::{COPY_BYTES, HALF_OPEN_TIMEOUT, NO_REKEY_QUIET, TURN_BYTES};
-use super::{ClientEnd, Down, Ended, Link, Spare, Turn, Up, UpstreamEnd, Want, over, timed_out};
+use super::{ClientEnd, Down, Ended, Link, Spare, Turn, Up, UpstreamEnd, Want, is_gone, over, timed_out};
 use crate::observe::counters::End;
-use crate::session::RECORD_PLAIN_BYTES;
+use crate::protect::PLAIN_BYTES;
 use crate::sys::ktls::{self, Direction, content_type};
 use crate::sys::socket::{self, Half};
 use crate::watch::Verdict;
@@ -175,7 +175,7 @@ impl Kernel {
             }
             match self.fill_up(cx)? {
                 Poll::Pending => return Ok(Turn::Wait),
-                Poll::Ready(n) => budget = budget.saturating_sub(n.max(RECORD_PLAIN_BYTES / 16)),
+                Poll::Ready(n) => budget = budget.saturating_sub(n.max(PLAIN_BYTES / 16)),
             }
         }
     }
@@ -212,8 +212,8 @@ impl Kernel {
             Ok(n) if n > 0 => {
                 self.took_data(n);
                 // Less than a full record, most likely the last one for now; a poll tells if it was not.
-                self.link.client.readable &= n >= RECORD_PLAIN_BYTES;
-                let room = (held + n) / RECORD_PLAIN_BYTES + 2;
+                self.link.client.readable &= n >= PLAIN_BYTES;
+                let room = (held + n) / PLAIN_BYTES + 2;
                 let gather = self.link.worker.kernel.short_splice_safe
                     && self.link.client.readable
                     && held + n < GATHER_BYTES
@@ -230,6 +230,8 @@ impl Kernel {
                 }
                 Ok(Poll::Ready(0))
             }
+            // The error is told once; a read after it would say that the stream has ended.
+            Err(e) if is_gone(&e) => Err(Ended::abort(End::ClientReset)),
             _ if held > 0 => {
                 // What is in the pipe came first; afterwards splice refuses again.
                 self.up_flow.turn_to_drain();
@@ -350,9 +352,12 @@ impl Kernel {
     /// True when all has gone to the client.
     fn drain_down(&mut self, cx: &mut Context<'_>) -> Result<bool, Ended> {
         let (keys, counters) = (&mut self.keys, &self.link.worker.counters);
+        let in_a_row = &mut self.key_updates_in_a_row;
         let note = |n: usize| {
             counters.down_spliced.add(n as u64);
             keys.sealed(n);
+            // A JDK that downloads asks for a new key after so many bytes received, and has nothing to send itself.
+            *in_a_row = 0;
         };
         match self.down_flow.drain(cx, &mut self.link.client, note) {
             Ok(drained) => Ok(drained == Drained::Empty),
@@ -381,7 +386,7 @@ impl Kernel {
             Ok(n) => {
                 self.link.moved_down += n as u64;
                 self.link.watch.touch();
-                self.link.upstream.readable &= n >= RECORD_PLAIN_BYTES;
+                self.link.upstream.readable &= n >= PLAIN_BYTES;
             }
             Err(e) if socket::is_again(&e) => {
                 self.link.upstream.readable = false;
@@ -400,6 +405,7 @@ impl Kernel {
         self.down_flow.copy(&scratch.received[..n]);
         worker.counters.down_copied.add(n as u64);
         self.keys.sealed(n);
+        self.key_updates_in_a_row = 0;
         Ok(n)
     }
 
@@ -429,7 +435,8 @@ impl Kernel {
     /// Pipe empty, socket writable, close_notify, FIN: any other order can cut a record that the kernel still holds.
     fn close_down(&mut self) -> Result<Turn, Ended> {
         self.down_flow.rest();
-        let writable = socket::poll_now(self.link.client.fd(), libc::POLLOUT).map_err(|_| Ended::abort(End::Internal))?;
+        let writable =
+            socket::poll_now(self.link.client.fd(), libc::POLLOUT).map_err(|_| Ended::abort(End::Internal))?;
         if writable & libc::POLLOUT == 0 {
             self.link.client.writable = false;
             return Ok(Turn::Wait);

@@ -64,11 +64,13 @@ pub fn read_head(client: BorrowedFd<'_>, buffer: &mut [u8], tls12: bool) -> Head
     }
 }
 
-fn unexpected() -> Head {
+/// A record that has no place here.
+pub fn unexpected() -> Head {
     Head::Fatal(Fatal { how: End::UnexpectedMessage, alert: Some(alert::UNEXPECTED_MESSAGE) })
 }
 
-fn read_alert(body: &[u8], tls12: bool) -> Head {
+/// What an alert asks for.
+pub fn read_alert(body: &[u8], tls12: bool) -> Head {
     const WARNING: u8 = 1;
     const USER_CANCELED: u8 = 90;
     match body {
@@ -80,7 +82,8 @@ fn read_alert(body: &[u8], tls12: bool) -> Head {
     }
 }
 
-fn read_handshake(body: &[u8], tls12: bool) -> Head {
+/// What a handshake message after the handshake asks for.
+pub fn read_handshake(body: &[u8], tls12: bool) -> Head {
     if tls12 {
         return Head::Renegotiation;
     }

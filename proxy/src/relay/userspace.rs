@@ -1,22 +1,29 @@
 //! The relay whose records userspace protects: before the door, and where there is none.
 //!
-//!   client ─▶ recv ─▶ open in place ─▶ send ─▶ upstream        upstream ─▶ recv ─▶ seal ─▶ send ─▶ client
+//!   client ─▶ recv ─▶ open in place ─▶ send ─▶ upstream        upstream ─▶ recv ─▶ seal in place ─▶ send ─▶ client
 //!
-//! Reads are large, into the worker's buffers; what a socket does not take is kept by the connection, and nothing
-//! else is: one that waits holds no buffer. When the connection is to go through the door, reads become exact, so
-//! that the client's stream stands at the boundary of a record.
+//! Reads are large, into the worker's buffers, and records are opened and sealed where they lie: no byte is copied but
+//! what a socket does not take, which the connection keeps. One that waits holds no buffer. When the connection is to
+//! go through the door, reads become exact, so that the client's stream stands at the boundary of a record.
 
+use super::record::{self, Fatal, Head, alert};
+use super::{COPY_BYTES, COPY_RECORDS, HALF_OPEN_TIMEOUT};
 use super::{ClientEnd, Down, Ended, Link, Scratch, Spare, TURN_BYTES, Turn, Up, UpstreamEnd, Want, over, timed_out};
-use super::{COPY_BYTES, HALF_OPEN_TIMEOUT};
 use crate::observe::counters::End;
-use crate::session::{self, RECORD_WIRE_BYTES, SealError, Session};
-use crate::sys::socket::{self, Half};
+use crate::protect::{self, OVERHEAD_BYTES, OpenError, PLAIN_BYTES, WIRE_BYTES};
+use crate::sys::ktls::{Direction, content_type};
+use crate::sys::socket::{self, Half, VECTORS};
 use std::future::Future;
+use std::io::{IoSlice, IoSliceMut};
+use std::ops::Range;
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 
-/// The longest leftover: a handshake message of 64 KiB in pieces, and a record. No client needs as much.
-const LEFTOVER_BYTES: usize = (64 << 10) + RECORD_WIRE_BYTES;
+pub use super::keys::UserKeys;
+
+/// Plaintext of records shorter than this is moved together, so that one send takes many: longer ones are sent from
+/// where they lie.
+const GATHER_BELOW_BYTES: usize = 2048;
 
 /// When a connection goes through the door.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -29,10 +36,10 @@ pub enum Door {
 /// A connection relayed by userspace.
 pub struct Userspace {
     pub link: Link,
-    pub session: Session,
-    /// Ciphertext that is not done with: of a record that is not complete yet, or of a handshake message in pieces.
-    pub leftover: Vec<u8>,
-    /// The leftover comes from the handshake, and may be complete records that nobody has opened.
+    pub keys: UserKeys,
+    /// Ciphertext of a record that is not complete yet.
+    leftover: Vec<u8>,
+    /// The leftover comes from the handshake, and may hold complete records that nobody has opened.
     unopened: bool,
     /// Plaintext for the upstream that it did not take yet.
     pub to_upstream: Spare,
@@ -41,6 +48,11 @@ pub struct Userspace {
     pub up: Up,
     pub down: Down,
     pub door: Door,
+    /// The client has changed its key since the handshake.
+    pub rekeyed: bool,
+    /// The client has asked for a KeyUpdate of ours.
+    reply_owed: bool,
+    key_updates_in_a_row: u32,
 }
 
 /// Where the relay stops.
@@ -52,10 +64,11 @@ pub enum Stop {
 }
 
 impl Userspace {
-    pub fn new(link: Link, session: Session, leftover: Vec<u8>, door: Door) -> Self {
+    /// `leftover` is ciphertext that came behind the handshake.
+    pub fn new(link: Link, keys: UserKeys, leftover: Vec<u8>, door: Door) -> Self {
         Self {
             link,
-            session,
+            keys,
             unopened: !leftover.is_empty(),
             leftover,
             to_upstream: Spare::default(),
@@ -63,6 +76,9 @@ impl Userspace {
             up: Up::Open,
             down: Down::Open,
             door,
+            rekeyed: false,
+            reply_owed: false,
+            key_updates_in_a_row: 0,
         }
     }
 
@@ -78,8 +94,14 @@ impl Userspace {
         }
     }
 
+    /// A client that has ended its stream stays: what it sends behind the end is no record of the kernel's, and would
+    /// stop the sending side too.
     fn at_door(&self) -> bool {
-        self.wants_door() && self.leftover.is_empty() && self.to_client.is_empty() && !self.session.owes_reply
+        self.wants_door()
+            && self.up == Up::Open
+            && self.leftover.is_empty()
+            && self.to_client.is_empty()
+            && !self.reply_owed
     }
 
     fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Stop> {
@@ -129,10 +151,7 @@ impl Userspace {
     fn turn_up(&mut self, scratch: &mut Scratch) -> Result<Turn, Ended> {
         let mut budget = TURN_BYTES;
         loop {
-            if matches!(self.up, Up::Finished | Up::Broken(_)) {
-                return Ok(Turn::Wait);
-            }
-            if !self.flush_up() {
+            if matches!(self.up, Up::Finished | Up::Broken(_)) || !self.flush_up() {
                 return Ok(Turn::Wait);
             }
             if self.up == Up::Closing {
@@ -146,7 +165,7 @@ impl Userspace {
             }
             let Some(received) = self.receive(scratch)? else { return Ok(Turn::Wait) };
             let moved = self.open(scratch, received)?;
-            budget = budget.saturating_sub(moved.max(1));
+            budget = budget.saturating_sub(moved.max(PLAIN_BYTES / 16));
             if budget == 0 {
                 return Ok(Turn::Again);
             }
@@ -182,8 +201,7 @@ impl Userspace {
             self.leftover.clear();
             return Ok(Some(kept));
         }
-        let max = if self.wants_door() { session::missing_bytes(&self.leftover) } else { COPY_BYTES };
-        let max = max.min(scratch.received.len() - kept);
+        let max = if self.wants_door() { protect::missing_bytes(&self.leftover) } else { COPY_BYTES };
         match socket::recv(self.link.client.fd(), &mut scratch.received[kept..kept + max]) {
             Ok(0) => {
                 self.up = Up::Broken(End::ClientTruncated);
@@ -205,52 +223,154 @@ impl Userspace {
 
     /// Opens what was received and hands the plaintext on; gives its length.
     fn open(&mut self, scratch: &mut Scratch, received: usize) -> Result<usize, Ended> {
-        scratch.plain.clear();
-        let mut out = Vec::new();
-        let fed = self.session.feed(&mut scratch.received[..received], &mut scratch.plain, &mut out);
-        let rest = &scratch.received[fed.consumed..received];
-        if rest.len() > LEFTOVER_BYTES {
-            return Err(Ended::abort(End::BadRecord));
+        let Scratch { received: wire, pieces, .. } = scratch;
+        let wire = &mut wire[..received];
+        pieces.clear();
+        let mut at = 0;
+        let mut outcome = Ok(());
+        while outcome.is_ok() && self.up == Up::Open {
+            let Some(len) = protect::record_bytes(&wire[at..]) else { break };
+            if len > WIRE_BYTES {
+                outcome = Err(self.refuse(refusal(OpenError::Overflow)));
+            } else if len > wire.len() - at {
+                break;
+            } else {
+                outcome = self.record(wire, at..at + len, pieces);
+                at += len;
+            }
         }
-        self.leftover = if rest.is_empty() { Vec::new() } else { rest.to_vec() };
+        self.leftover = if at == received || self.up != Up::Open { Vec::new() } else { wire[at..].to_vec() };
         self.link.watch.touch();
-        let moved = scratch.plain.len();
-        if self.to_upstream.send(&mut self.link.upstream, &scratch.plain).is_err() {
+        let moved = pieces.iter().map(Range::len).sum();
+        if self.hand_on(wire, pieces).is_err() {
             self.give_up_upload();
         }
         self.link.moved_up += moved as u64;
         self.link.worker.counters.up_copied.add(moved as u64);
-        if !out.is_empty() && self.to_client.send(&mut self.link.client, &out).is_err() {
-            return Err(Ended::abort(End::ClientReset));
-        }
-        if let Some(error) = fed.error {
-            return Err(self.refuse(how(&error)));
-        }
-        if fed.renegotiation {
-            return Err(self.refuse_politely(End::Renegotiation));
-        }
-        if fed.closed {
-            self.leftover = Vec::new();
-            self.up = if self.up == Up::Open { Up::Closing } else { self.up };
-        }
-        Ok(moved)
+        outcome.map(|()| moved)
     }
 
-    /// Ends the connection after an alert, which is on its way: `close` sends what is left of it, then FIN.
-    fn refuse(&mut self, how: End) -> Ended {
-        Ended { how, client: ClientEnd::Discard, upstream: UpstreamEnd::Reset }
+    /// Opens one record: data becomes a piece, anything else is done.
+    fn record(&mut self, wire: &mut [u8], at: Range<usize>, pieces: &mut Vec<Range<usize>>) -> Result<(), Ended> {
+        let tls12 = self.keys.ring.is_tls12();
+        // The type of a protected record of TLS 1.3 is always this one outside.
+        if !tls12 && wire[at.start] != content_type::APPLICATION_DATA {
+            return Err(self.refuse_head(record::unexpected()));
+        }
+        let (kind, range) = match self.keys.rx.open(&mut wire[at.clone()]) {
+            Ok((kind, range)) => (kind, at.start + range.start..at.start + range.end),
+            Err(error) => return Err(self.refuse(refusal(error))),
+        };
+        match kind {
+            content_type::APPLICATION_DATA => {
+                if !range.is_empty() {
+                    self.key_updates_in_a_row = 0;
+                    gather(wire, range, pieces);
+                }
+                Ok(())
+            }
+            content_type::ALERT => self.head(record::read_alert(&wire[range], tls12)),
+            content_type::HANDSHAKE => self.head(record::read_handshake(&wire[range], tls12)),
+            _ => Err(self.refuse_head(record::unexpected())),
+        }
     }
 
-    /// As `refuse`, with a close_notify.
-    fn refuse_politely(&mut self, how: End) -> Ended {
-        self.queue_close_notify();
-        self.refuse(how)
+    fn head(&mut self, head: Head) -> Result<(), Ended> {
+        match head {
+            Head::Ignored | Head::Data(_) | Head::Nothing | Head::Eof => Ok(()),
+            Head::CloseNotify => {
+                self.up = Up::Closing;
+                Ok(())
+            }
+            Head::KeyUpdate { reply } => self.key_update_received(reply),
+            Head::Renegotiation | Head::Fatal(_) => Err(self.refuse_head(head)),
+        }
     }
 
-    fn queue_close_notify(&mut self) {
-        let mut out = Vec::new();
-        self.session.close(&mut out);
-        self.to_client.push(&out);
+    fn key_update_received(&mut self, reply: bool) -> Result<(), Ended> {
+        self.key_updates_in_a_row += 1;
+        if self.key_updates_in_a_row > record::KEY_UPDATES_IN_A_ROW {
+            return Err(self.refuse(Fatal { how: End::KeyUpdateStorm, alert: Some(alert::UNEXPECTED_MESSAGE) }));
+        }
+        self.link.worker.counters.key_updates_received.add(1);
+        self.rekeyed = true;
+        self.reply_owed |= reply;
+        self.renew(Direction::Rx)
+    }
+
+    fn renew(&mut self, direction: Direction) -> Result<(), Ended> {
+        self.keys.renew(direction).map_err(|e| {
+            tracing::error!(stage = "relay", reason = %e, "deriving the next key failed");
+            Ended::abort(End::Internal)
+        })
+    }
+
+    /// Sends the pieces, and keeps what the upstream does not take.
+    fn hand_on(&mut self, wire: &[u8], pieces: &[Range<usize>]) -> std::io::Result<()> {
+        let mut full = false;
+        for now in pieces.chunks(VECTORS) {
+            let mut sent = 0;
+            if !full {
+                let mut vectors = [IoSlice::new(&[]); VECTORS];
+                for (vector, piece) in vectors.iter_mut().zip(now) {
+                    *vector = IoSlice::new(&wire[piece.clone()]);
+                }
+                sent = match socket::send_vectored(self.link.upstream.fd(), &vectors[..now.len()]) {
+                    Ok(n) => n,
+                    Err(e) if socket::is_again(&e) => 0,
+                    Err(e) => return Err(e),
+                };
+            }
+            for piece in now {
+                let taken = sent.min(piece.len());
+                sent -= taken;
+                full |= taken < piece.len();
+                self.to_upstream.push(&wire[piece.start + taken..piece.end]);
+            }
+        }
+        // A short send may only mean that the socket took a part: the flush that follows finds out.
+        Ok(())
+    }
+
+    /// Ends the connection with an alert, which `close` sends, then FIN.
+    fn refuse(&mut self, fatal: Fatal) -> Ended {
+        let Some(body) = fatal.alert else { return Ended::abort(fatal.how) };
+        self.queue(content_type::ALERT, &body);
+        Ended { how: fatal.how, client: ClientEnd::Discard, upstream: UpstreamEnd::Reset }
+    }
+
+    fn refuse_head(&mut self, head: Head) -> Ended {
+        match head {
+            Head::Fatal(fatal) => self.refuse(fatal),
+            Head::Renegotiation
+            | Head::Data(_)
+            | Head::CloseNotify
+            | Head::Ignored
+            | Head::KeyUpdate { .. }
+            | Head::Eof
+            | Head::Nothing => {
+                let ended = self.refuse(Fatal { how: End::Renegotiation, alert: Some(alert::NO_RENEGOTIATION) });
+                self.queue(content_type::ALERT, &alert::CLOSE_NOTIFY);
+                ended
+            }
+        }
+    }
+
+    /// Seals a short record of ours behind what the client has not taken yet.
+    fn queue(&mut self, kind: u8, body: &[u8]) {
+        let mut slot = [0u8; 16 + OVERHEAD_BYTES];
+        let head = self.keys.tx.head_bytes();
+        slot[head..head + body.len()].copy_from_slice(body);
+        let len = self.keys.tx.seal(kind, &mut slot, body.len());
+        self.to_client.push(&slot[..len]);
+    }
+
+    /// Says that our key changes, and changes it.
+    fn queue_key_update(&mut self) -> Result<(), Ended> {
+        self.queue(content_type::HANDSHAKE, &record::KEY_UPDATE);
+        self.link.worker.counters.key_updates_sent.add(1);
+        self.reply_owed = false;
+        self.renew(Direction::Tx)
     }
 
     // ---- upstream to client
@@ -271,7 +391,7 @@ impl Userspace {
             match self.down {
                 Down::Open => {}
                 Down::Closing => {
-                    self.queue_close_notify();
+                    self.queue(content_type::ALERT, &alert::CLOSE_NOTIFY);
                     self.down = Down::Notified;
                     continue;
                 }
@@ -283,27 +403,19 @@ impl Userspace {
                 }
                 Down::Broken | Down::Finished => return Ok(Turn::Wait),
             }
-            // A reply may be owed, and goes out with data alone: then the door waits and data flows.
+            if self.reply_owed {
+                // One reply covers every request before it.
+                self.queue_key_update()?;
+                continue;
+            }
             if !self.link.upstream.readable || self.at_door() {
                 return Ok(Turn::Wait);
             }
-            let moved = match socket::recv(self.link.upstream.fd(), &mut scratch.received[..COPY_BYTES]) {
-                Ok(0) => {
-                    self.down = Down::Closing;
-                    continue;
-                }
-                Ok(n) => n,
-                Err(e) if socket::is_again(&e) => {
-                    self.link.upstream.readable = false;
-                    return Ok(Turn::Wait);
-                }
-                Err(_) => {
-                    self.down = Down::Broken;
-                    return Ok(Turn::Wait);
-                }
-            };
-            self.link.upstream.readable = moved == COPY_BYTES;
-            self.seal(scratch, moved)?;
+            if self.keys.is_used_up(COPY_RECORDS) {
+                self.key_used_up()?;
+                continue;
+            }
+            let Some(moved) = self.seal(scratch)? else { return Ok(Turn::Wait) };
             budget = budget.saturating_sub(moved);
             if budget == 0 {
                 return Ok(Turn::Again);
@@ -311,18 +423,74 @@ impl Userspace {
         }
     }
 
-    fn seal(&mut self, scratch: &mut Scratch, plain: usize) -> Result<(), Ended> {
-        let sealed = match self.session.seal(&scratch.received[..plain], &mut scratch.sealed) {
+    fn key_used_up(&mut self) -> Result<(), Ended> {
+        if !self.keys.ring.is_tls12() {
+            return self.queue_key_update();
+        }
+        // TLS 1.2 has no other key: the stream ends here, by a close_notify.
+        self.up = Up::Broken(End::KeyExhausted);
+        self.down = Down::Closing;
+        Ok(())
+    }
+
+    /// Reads plaintext to where its records will be, seals them there and sends them. `None`: nothing to read.
+    fn seal(&mut self, scratch: &mut Scratch) -> Result<Option<usize>, Ended> {
+        let (head, tail) = (self.keys.tx.head_bytes(), self.keys.tx.tail_bytes());
+        let slot_bytes = head + PLAIN_BYTES + tail;
+        let slots = &mut scratch.sealed[..slot_bytes * COPY_RECORDS];
+        let mut chunks = slots.chunks_exact_mut(slot_bytes);
+        let mut body = || chunks.next().map_or(&mut [][..], |slot| &mut slot[head..head + PLAIN_BYTES]);
+        let mut vectors: [IoSliceMut<'_>; COPY_RECORDS] = std::array::from_fn(|_| IoSliceMut::new(body()));
+        let plain = match socket::recv_vectored(self.link.upstream.fd(), &mut vectors) {
+            Ok(0) => {
+                self.down = Down::Closing;
+                return Ok(Some(0));
+            }
             Ok(n) => n,
-            Err(SealError::KeyExhausted) => return Err(self.refuse_politely(End::KeyExhausted)),
-            Err(SealError::Room(_)) => return Err(Ended::abort(End::Internal)),
+            Err(e) if socket::is_again(&e) => {
+                self.link.upstream.readable = false;
+                return Ok(None);
+            }
+            Err(_) => {
+                self.down = Down::Broken;
+                return Ok(None);
+            }
         };
+        self.link.upstream.readable = plain == COPY_BYTES;
+        // Every slot but the last is full, so the records lie one behind the other.
+        let mut sealed = 0;
+        for (n, slot) in slots.chunks_exact_mut(slot_bytes).take(plain.div_ceil(PLAIN_BYTES)).enumerate() {
+            let len = PLAIN_BYTES.min(plain - n * PLAIN_BYTES);
+            sealed += self.keys.tx.seal(content_type::APPLICATION_DATA, slot, len);
+        }
         let gone = |_| Ended::abort(End::ClientReset);
-        self.to_client.send(&mut self.link.client, &scratch.sealed[..sealed]).map_err(gone)?;
+        self.to_client.send(&mut self.link.client, &slots[..sealed]).map_err(gone)?;
+        self.key_updates_in_a_row = 0;
         self.link.watch.touch();
         self.link.moved_down += plain as u64;
         self.link.worker.counters.down_copied.add(plain as u64);
-        Ok(())
+        Ok(Some(plain))
+    }
+}
+
+/// Adds a record's plaintext to the pieces: a short one is moved to the end of the piece before it.
+fn gather(wire: &mut [u8], range: Range<usize>, pieces: &mut Vec<Range<usize>>) {
+    if range.len() < GATHER_BELOW_BYTES
+        && let Some(last) = pieces.last_mut()
+    {
+        let end = last.end;
+        last.end += range.len();
+        wire.copy_within(range, end);
+    } else {
+        pieces.push(range);
+    }
+}
+
+fn refusal(error: OpenError) -> Fatal {
+    match error {
+        OpenError::BadMac => Fatal { how: End::BadRecordMac, alert: Some(alert::BAD_RECORD_MAC) },
+        OpenError::Overflow => Fatal { how: End::BadRecord, alert: Some(alert::RECORD_OVERFLOW) },
+        OpenError::Malformed => Fatal { how: End::BadRecord, alert: Some(alert::DECODE_ERROR) },
     }
 }
 
@@ -333,19 +501,5 @@ impl Future for Run<'_> {
     type Output = Stop;
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Stop> {
         self.0.poll(cx)
-    }
-}
-
-/// What an error of rustls means for the count of ends.
-pub fn how(error: &rustls::Error) -> End {
-    use rustls::{Error, PeerMisbehaved};
-    match error {
-        Error::DecryptError => End::BadRecordMac,
-        Error::PeerMisbehaved(PeerMisbehaved::TooManyKeyUpdateRequests) => End::KeyUpdateStorm,
-        Error::PeerMisbehaved(PeerMisbehaved::TooManyRenegotiationRequests) => End::Renegotiation,
-        Error::AlertReceived(_) => End::ClientAlert,
-        Error::InappropriateMessage { .. } | Error::InappropriateHandshakeMessage { .. } => End::UnexpectedMessage,
-        // rustls' enum is open: what it may grow is a record that we cannot use.
-        _ => End::BadRecord,
     }
 }

@@ -215,9 +215,7 @@ pub fn send_record(socket: BorrowedFd<'_>, content_type: u8, body: &[u8]) -> io:
         message.msg_controllen = (*header).cmsg_len;
     }
     // SAFETY: the message points at `body`, which the kernel only reads, and at `control`, with their true sizes.
-    let sent = cvt(unsafe {
-        libc::sendmsg(socket.as_raw_fd(), &message, libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL)
-    })?;
+    let sent = cvt(unsafe { libc::sendmsg(socket.as_raw_fd(), &message, libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL) })?;
     if sent == body.len() { Ok(()) } else { Err(io::ErrorKind::WriteZero.into()) }
 }
 

@@ -1,7 +1,7 @@
 //! Non-blocking socket calls, one function each. None of them waits: readiness comes from the ring.
 
 use super::cvt;
-use std::io;
+use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::{size_of, zeroed};
 use std::net::SocketAddr;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
@@ -58,14 +58,34 @@ pub fn recv(socket: BorrowedFd<'_>, into: &mut [u8]) -> io::Result<usize> {
 pub fn send(socket: BorrowedFd<'_>, bytes: &[u8]) -> io::Result<usize> {
     // SAFETY: the kernel reads `bytes.len()` bytes of `bytes`, which is borrowed for the call.
     let n = unsafe {
-        libc::send(
-            socket.as_raw_fd(),
-            bytes.as_ptr().cast(),
-            bytes.len(),
-            libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL,
-        )
+        libc::send(socket.as_raw_fd(), bytes.as_ptr().cast(), bytes.len(), libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL)
     };
     cvt(n)
+}
+
+/// Buffers of one vectored call: eight records of a large read, or twice as many of a mixed one.
+pub const VECTORS: usize = 16;
+
+/// recvmsg(2) without waiting, into at most `VECTORS` buffers in turn.
+pub fn recv_vectored(socket: BorrowedFd<'_>, into: &mut [IoSliceMut<'_>]) -> io::Result<usize> {
+    // SAFETY: an all-zero msghdr is a valid value of that plain C struct.
+    let mut message: libc::msghdr = unsafe { zeroed() };
+    // IoSliceMut is ABI compatible with iovec (std's own promise).
+    message.msg_iov = into.as_mut_ptr().cast();
+    message.msg_iovlen = into.len() as _;
+    // SAFETY: the message points at `into`, whose buffers are borrowed for the call, with their true sizes.
+    cvt(unsafe { libc::recvmsg(socket.as_raw_fd(), &mut message, libc::MSG_DONTWAIT) })
+}
+
+/// sendmsg(2) without waiting and without SIGPIPE. May take less than all.
+pub fn send_vectored(socket: BorrowedFd<'_>, buffers: &[IoSlice<'_>]) -> io::Result<usize> {
+    // SAFETY: as in `recv_vectored`.
+    let mut message: libc::msghdr = unsafe { zeroed() };
+    // IoSlice is ABI compatible with iovec (std's own promise), and the kernel only reads through it.
+    message.msg_iov = buffers.as_ptr().cast_mut().cast();
+    message.msg_iovlen = buffers.len() as _;
+    // SAFETY: the message points at `buffers`, borrowed for the call, with their true sizes.
+    cvt(unsafe { libc::sendmsg(socket.as_raw_fd(), &message, libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL) })
 }
 
 /// Which half shutdown(2) closes.
@@ -152,13 +172,7 @@ fn set_int(socket: BorrowedFd<'_>, level: i32, name: i32, value: i32) -> io::Res
 pub(super) fn set_option<T>(socket: BorrowedFd<'_>, level: i32, name: i32, value: &T) -> io::Result<()> {
     // SAFETY: the kernel reads size_of::<T>() bytes of `value`; every caller passes the plain C type of that option.
     let r = unsafe {
-        libc::setsockopt(
-            socket.as_raw_fd(),
-            level,
-            name,
-            (&raw const *value).cast(),
-            size_of::<T>() as libc::socklen_t,
-        )
+        libc::setsockopt(socket.as_raw_fd(), level, name, (&raw const *value).cast(), size_of::<T>() as libc::socklen_t)
     };
     cvt(r).map(drop)
 }
