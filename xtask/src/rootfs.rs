@@ -14,11 +14,11 @@ use std::process::Command;
 const CLIENTS: [&str; 3] = ["openssl", "curl", "gnutls-cli"];
 /// Where nginx's modules lie in the guest.
 pub const NGINX_MODULES: &str = "/usr/lib/nginx/modules";
+/// As on a host where tlsplice is not installed: there is no user of its name, and a test that is about users names one.
 const PASSWD: &str = "root:x:0:0:root:/root:/bin/sh\n\
     www-data:x:33:33:www-data:/var/www:/usr/sbin/nologin\n\
-    tlsplice:x:990:990:tlsplice:/nonexistent:/usr/sbin/nologin\n\
     nobody:x:65534:65534:nobody:/nonexistent:/usr/sbin/nologin\n";
-const GROUP: &str = "root:x:0:\ntty:x:5:\nwww-data:x:33:\ntlsplice:x:990:\nnogroup:x:65534:\n";
+const GROUP: &str = "root:x:0:\ntty:x:5:\nwww-data:x:33:\nnogroup:x:65534:\n";
 const HOSTS: &str = "127.0.0.1 localhost\n::1 localhost ip6-localhost\n";
 /// Enough for `openssl req`; nothing in it touches TLS, so a client offers what it offers by itself.
 const OPENSSL: &str = "[req]\ndistinguished_name = name\n[name]\n";
