@@ -2,7 +2,7 @@
 
 use crate::first_process::{cargo, workspace};
 use crate::setup::{self, Group};
-use crate::{process, progress, unsafe_code};
+use crate::{process, progress, unsafe_places};
 use anyhow::{Result, bail};
 use clap::Args;
 use std::process::Command;
@@ -18,7 +18,7 @@ type Check = (&'static str, fn() -> Result<()>);
 pub fn command(_: &Options) -> Result<i32> {
     setup::make_sure(&[Group::Build, Group::Lint])?;
     let checks: [Check; 4] = [
-        ("unsafe code only where it may be", || unsafe_code::check(&workspace())),
+        ("unsafe code only where it may be", || unsafe_places::check(&workspace())),
         ("format", || cargo_run(&["fmt", "--all", "--check"])),
         ("lints", || cargo_run(&["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"])),
         ("licences, sources and versions of dependencies", dependencies),

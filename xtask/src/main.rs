@@ -22,7 +22,7 @@ mod test;
 mod uml;
 mod uml_build;
 mod uml_source;
-mod unsafe_code;
+mod unsafe_places;
 mod vm;
 
 use anyhow::Result;
