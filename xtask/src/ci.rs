@@ -5,6 +5,7 @@ use crate::setup::{self, Group};
 use crate::{process, progress, unsafe_places};
 use anyhow::{Result, bail};
 use clap::Args;
+use std::io::IsTerminal;
 use std::process::Command;
 
 /// Check format, lints, dependencies, and where unsafe code is.
@@ -19,7 +20,7 @@ pub fn command(_: &Options) -> Result<i32> {
     setup::make_sure(&[Group::Build, Group::Lint])?;
     let checks: [Check; 4] = [
         ("unsafe code only where it may be", || unsafe_places::check(&workspace())),
-        ("format", || cargo_run(&["fmt", "--all", "--check"])),
+        ("format", format),
         ("lints", || cargo_run(&["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"])),
         ("licences, sources and versions of dependencies", dependencies),
     ];
@@ -40,6 +41,12 @@ pub fn command(_: &Options) -> Result<i32> {
 
 fn cargo_run(arguments: &[&str]) -> Result<()> {
     process::run(Command::new(cargo()).args(arguments).current_dir(workspace()))
+}
+
+/// rustfmt colours its differences wherever they go, unless it is told not to.
+fn format() -> Result<()> {
+    let colour = if std::io::stdout().is_terminal() { "--color=always" } else { "--color=never" };
+    cargo_run(&["fmt", "--all", "--check", "--", colour])
 }
 
 /// cargo-deny, without its database of advisories, which has to be fetched.

@@ -32,8 +32,8 @@ const GUEST_MEMORY_MIB: u32 = 3072;
 /// Run all tests: on this host, in user-mode Linux, in guests.
 #[derive(Args, Clone, Debug)]
 pub struct Options {
-    /// Where: host, uml, a series such as 6.12, newest, or all.
-    #[arg(long, default_value = "all", value_parser = Place::parse)]
+    /// Where, several with commas: host, uml, a series such as 6.12, newest, or all.
+    #[arg(long, default_value = "all", value_delimiter = ',', value_parser = Place::parse)]
     kernel: Vec<Place>,
     /// Only tests whose name contains this.
     #[arg(long)]
