@@ -94,7 +94,8 @@ async fn discard(client: &mut Sock, watch: &Watch, worker: &Worker) {
                 let wait = if queued > 0 { POLL_INTERVAL } else { allowed };
                 let _ = tokio::time::timeout(wait, readable(client)).await;
             }
-            Discarded::Eof => return,
+            // A record cut off by the FIN cannot be read, and makes the close a reset: all must have arrived before.
+            Discarded::Eof => return acknowledged(client, STALLED_TIMEOUT).await,
             // Unreadable, and perhaps not yet acknowledged: then only waiting is left.
             Discarded::Unreadable => {
                 acknowledged(client, STALLED_TIMEOUT).await;

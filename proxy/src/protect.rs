@@ -146,7 +146,8 @@ impl Protection {
         let head = self.head_bytes();
         let expansion = match self.form {
             Form::Tls13 => 256,
-            Form::Tls12Gcm | Form::Tls12ChaCha20 => 2048,
+            // RFC 5246 allows any cipher 2048; these add this much.
+            Form::Tls12Gcm | Form::Tls12ChaCha20 => head - HEADER_BYTES + TAG_BYTES,
         };
         if record.len() > HEADER_BYTES + PLAIN_BYTES + expansion {
             return Err(OpenError::Overflow);

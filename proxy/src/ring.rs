@@ -6,6 +6,7 @@
 //! before it is dropped, or the descriptor outlives the connection.
 
 use crate::sys::pipe::Pipe;
+use crate::sys::socket::watch_writable;
 use io_uring::squeue::Flags;
 use io_uring::types::{CancelBuilder, Fd};
 use io_uring::{cqueue, opcode};
@@ -15,6 +16,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::pin::Pin;
 use std::rc::Rc;
 use std::task::{Context, Poll};
+use tokio::io::unix::AsyncFd;
 use tokio_uring::{InFlightOneshot, OneshotOutputTransform, UnsubmittedOneshot};
 
 /// The completion's result; the data kept alive by the operation is dropped.
@@ -38,16 +40,27 @@ fn submit<D: Unpin + 'static>(keep: D, sqe: io_uring::squeue::Entry) -> Op<D> {
 pub struct Sock {
     fd: Rc<OwnedFd>,
     reading: Option<Op<Rc<OwnedFd>>>,
-    writing: Option<Op<Rc<OwnedFd>>>,
+    writing: Option<Writing>,
+    /// The peer has sent its FIN, as a poll told.
+    half_closed: bool,
     /// A read may give something. Cleared by whoever saw EAGAIN or a short read.
     pub readable: bool,
     /// A write may take something. Cleared by whoever saw EAGAIN.
     pub writable: bool,
 }
 
+/// How a wake-up for writing comes.
+///
+/// POLL_ADD adds POLLRDHUP to every mask (IO_POLL_UNMASK in io_uring/poll.c): on a socket whose peer has sent its FIN
+/// it completes at once, for ever, full or not. There the runtime's own epoll waits instead.
+enum Writing {
+    Ring(Op<Rc<OwnedFd>>),
+    Epoll(Box<AsyncFd<Rc<OwnedFd>>>),
+}
+
 impl Sock {
     pub fn new(fd: OwnedFd) -> Self {
-        Self { fd: Rc::new(fd), reading: None, writing: None, readable: true, writable: true }
+        Self { fd: Rc::new(fd), reading: None, writing: None, half_closed: false, readable: true, writable: true }
     }
 
     pub fn fd(&self) -> BorrowedFd<'_> {
@@ -64,8 +77,17 @@ impl Sock {
     /// Asks for a wake-up when the socket is writable, unless one is asked for already.
     pub fn arm_write(&mut self) {
         if self.writing.is_none() {
-            self.writing = Some(self.poll_add(libc::POLLOUT));
+            self.writing = Some(self.wait_to_write());
         }
+    }
+
+    fn wait_to_write(&self) -> Writing {
+        if self.half_closed
+            && let Ok(fd) = watch_writable(self.fd.clone())
+        {
+            return Writing::Epoll(Box::new(fd));
+        }
+        Writing::Ring(self.poll_add(libc::POLLOUT))
     }
 
     pub fn read_armed(&self) -> bool {
@@ -79,15 +101,53 @@ impl Sock {
 
     /// Takes up what has completed: true if `readable` or `writable` became true.
     pub fn take_up(&mut self, cx: &mut Context<'_>) -> bool {
-        let read = completed(&mut self.reading, cx);
-        let written = completed(&mut self.writing, cx);
+        let read = self.take_up_read(cx);
+        let written = self.take_up_write(cx);
         self.readable |= read;
         self.writable |= written;
         read | written
     }
 
+    fn take_up_read(&mut self, cx: &mut Context<'_>) -> bool {
+        let Some(op) = &mut self.reading else { return false };
+        // An error of the poll itself is found again, with its name, by the read that follows.
+        let done = Pin::new(op).poll(cx).is_ready();
+        if done {
+            self.reading = None;
+        }
+        done
+    }
+
+    fn take_up_write(&mut self, cx: &mut Context<'_>) -> bool {
+        loop {
+            match &mut self.writing {
+                None => return false,
+                Some(Writing::Epoll(fd)) => {
+                    let done = fd.poll_write_ready(cx).is_ready();
+                    if done {
+                        self.writing = None;
+                    }
+                    return done;
+                }
+                Some(Writing::Ring(op)) => {
+                    let Poll::Ready(events) = Pin::new(op).poll(cx) else { return false };
+                    self.writing = None;
+                    let only_half_closed = events.is_ok_and(|events| events == libc::POLLRDHUP as u16 as usize);
+                    if !only_half_closed {
+                        return true;
+                    }
+                    self.half_closed = true;
+                    self.writing = Some(self.wait_to_write());
+                }
+            }
+        }
+    }
+
     /// Ends what is in flight, so that dropping this closes the socket.
     pub async fn cancel(&mut self) {
+        if let Some(Writing::Epoll(_)) = self.writing {
+            self.writing = None;
+        }
         // Every operation in flight holds the descriptor, those of `RingSplice` included.
         if Rc::strong_count(&self.fd) == 1 {
             return;
@@ -98,20 +158,10 @@ impl Sock {
         if let Some(op) = self.reading.take() {
             let _ = op.await;
         }
-        if let Some(op) = self.writing.take() {
+        if let Some(Writing::Ring(op)) = self.writing.take() {
             let _ = op.await;
         }
     }
-}
-
-fn completed(slot: &mut Option<Op<Rc<OwnedFd>>>, cx: &mut Context<'_>) -> bool {
-    let Some(op) = slot else { return false };
-    // An error of the poll itself is found again, with its name, by the read or write that follows.
-    let done = Pin::new(op).poll(cx).is_ready();
-    if done {
-        *slot = None;
-    }
-    done
 }
 
 /// A splice that runs on the ring's worker threads. It never waits: with data or room lacking it says EAGAIN.

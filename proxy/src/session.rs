@@ -17,6 +17,8 @@ use std::sync::Arc;
 pub struct Session {
     tls: Box<UnbufferedServerConnection>,
     established: bool,
+    /// Bytes at the front of the next `wire` that rustls has seen already: a handshake message in pieces.
+    presented: usize,
 }
 
 /// What became of the bytes given to `feed`.
@@ -30,7 +32,7 @@ pub struct Fed {
 
 impl Session {
     pub fn new(config: Arc<ServerConfig>) -> Result<Self, Error> {
-        Ok(Self { tls: Box::new(UnbufferedServerConnection::new(config)?), established: false })
+        Ok(Self { tls: Box::new(UnbufferedServerConnection::new(config)?), established: false, presented: 0 })
     }
 
     /// The handshake is complete, both Finished are in.
@@ -47,10 +49,10 @@ impl Session {
     /// is appended to `out`.
     pub fn feed(&mut self, wire: &mut [u8], out: &mut Vec<u8>) -> Fed {
         let mut fed = Fed::default();
-        let mut upto = 0;
+        let mut upto = self.presented;
         while let Some(len) = record_bytes(&wire[upto..]) {
-            // Something that is no record goes in whole: rustls finds the words for it.
-            let len = if len > WIRE_BYTES { wire.len() - upto } else { len };
+            // Something that is no record goes in whole, and at once: rustls finds the words for it.
+            let len = if len > WIRE_BYTES || !is_tls(&wire[upto..]) { wire.len() - upto } else { len };
             if wire.len() - upto < len {
                 break;
             }
@@ -60,6 +62,7 @@ impl Session {
                 break;
             }
         }
+        self.presented = upto - fed.consumed.min(upto);
         fed
     }
 
@@ -105,6 +108,11 @@ impl Session {
     pub fn into_keys(self) -> Result<(ExtractedSecrets, KernelConnection<ServerConnectionData>), Error> {
         self.tls.dangerous_into_kernel_connection()
     }
+}
+
+/// A header begins with a content type of the handshake and the major version 3.
+fn is_tls(wire: &[u8]) -> bool {
+    matches!(wire, [20..=23, 3, ..])
 }
 
 fn encode(data: &mut EncodeTlsData<'_, ServerConnectionData>, out: &mut Vec<u8>) {

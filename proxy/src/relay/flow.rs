@@ -36,6 +36,8 @@ pub struct Flow {
     pipe: Option<Taken>,
     /// On the ring: a fill in phase Fill, a drain in phase Drain.
     in_flight: Option<RingSplice>,
+    /// A splice linked behind a poll found the sink full all the same: its `writable` has to come first.
+    distrusts_link: bool,
 }
 
 /// What a drain came to.
@@ -49,7 +51,7 @@ pub enum Drained {
 impl Flow {
     /// A flow whose first bytes are those that the userspace relay could not hand on.
     pub fn new(splicer: Splicer, spare: Spare) -> Self {
-        Self { splicer, phase: Phase::Drain, spare, pipe: None, in_flight: None }
+        Self { splicer, phase: Phase::Drain, spare, pipe: None, in_flight: None, distrusts_link: false }
     }
 
     /// Bytes are wanted from the source.
@@ -135,8 +137,9 @@ impl Flow {
                     note(n);
                 }
                 Poll::Ready(Err(e)) if socket::is_again(&e) => {
-                    sink.writable = false;
-                    if self.splicer == Splicer::Inline {
+                    let was_linked = !std::mem::replace(&mut sink.writable, false);
+                    self.distrusts_link = was_linked;
+                    if was_linked || self.splicer == Splicer::Inline {
                         return Ok(Drained::Blocked);
                     }
                 }
@@ -151,6 +154,7 @@ impl Flow {
         let Some(pipe) = self.pipe.as_mut() else { return Poll::Ready(Ok(0)) };
         let result = match self.splicer {
             Splicer::Inline if !sink.writable => return Poll::Pending,
+            Splicer::Ring if self.distrusts_link && !sink.writable && self.in_flight.is_none() => return Poll::Pending,
             Splicer::Inline => pipe.pipe().drain_into(sink.fd(), pipe.bytes),
             Splicer::Ring => {
                 let op = self.in_flight.get_or_insert_with(|| RingSplice::drain(pipe.pipe(), sink, pipe.bytes));

@@ -6,7 +6,7 @@
 //! because a poll no longer tells of it. Nothing here asks for a kernel version: the probe's answers decide.
 
 use super::flow::{Drained, Flow, Splicer};
-use super::record::{self, Fatal, Head, alert};
+use super::record::{self, Fatal, Head, Storm, alert};
 use super::{COPY_BYTES, HALF_OPEN_TIMEOUT, NO_REKEY_QUIET, TURN_BYTES};
 use super::{ClientEnd, Down, Ended, Link, Spare, Turn, Up, UpstreamEnd, Want, is_gone, over, timed_out};
 use crate::observe::counters::End;
@@ -36,7 +36,7 @@ pub struct Kernel {
     down: Down,
     /// A KeyUpdate of ours is due, because the client asked for one or our key is used up.
     key_update_due: bool,
-    key_updates_in_a_row: u32,
+    storm: Storm,
     /// SO_RCVLOWAT stands above 1, because a partial record would wake us for ever.
     low_water_raised: bool,
 }
@@ -56,7 +56,7 @@ impl Kernel {
             up,
             down,
             key_update_due: false,
-            key_updates_in_a_row: 0,
+            storm: Storm::default(),
             low_water_raised: false,
         }
     }
@@ -243,7 +243,7 @@ impl Kernel {
     }
 
     fn took_data(&mut self, bytes: usize) {
-        self.key_updates_in_a_row = 0;
+        self.storm.received_data();
         self.link.moved_up += bytes as u64;
         self.link.watch.touch();
     }
@@ -281,8 +281,7 @@ impl Kernel {
     fn key_update_received(&mut self, reply: bool) -> Result<(), Ended> {
         let counters = &self.link.worker.counters;
         counters.key_updates_received.add(1);
-        self.key_updates_in_a_row += 1;
-        if self.key_updates_in_a_row > record::KEY_UPDATES_IN_A_ROW {
+        if self.storm.received_key_update() {
             return Err(self.refuse(Fatal { how: End::KeyUpdateStorm, alert: Some(alert::UNEXPECTED_MESSAGE) }));
         }
         if !self.link.worker.kernel.rekey {
@@ -352,12 +351,11 @@ impl Kernel {
     /// True when all has gone to the client.
     fn drain_down(&mut self, cx: &mut Context<'_>) -> Result<bool, Ended> {
         let (keys, counters) = (&mut self.keys, &self.link.worker.counters);
-        let in_a_row = &mut self.key_updates_in_a_row;
+        let storm = &mut self.storm;
         let note = |n: usize| {
             counters.down_spliced.add(n as u64);
             keys.sealed(n);
-            // A JDK that downloads asks for a new key after so many bytes received, and has nothing to send itself.
-            *in_a_row = 0;
+            storm.sent_data(n);
         };
         match self.down_flow.drain(cx, &mut self.link.client, note) {
             Ok(drained) => Ok(drained == Drained::Empty),
@@ -405,7 +403,7 @@ impl Kernel {
         self.down_flow.copy(&scratch.received[..n]);
         worker.counters.down_copied.add(n as u64);
         self.keys.sealed(n);
-        self.key_updates_in_a_row = 0;
+        self.storm.sent_data(n);
         Ok(n)
     }
 

@@ -21,6 +21,36 @@ pub mod alert {
 /// KeyUpdate messages in a row, without data between them, after which a client is ended, as rustls and BoringSSL do.
 pub const KEY_UPDATES_IN_A_ROW: u32 = 32;
 
+/// Records of ours that may still be on their way when a client answers each of them with a KeyUpdate: what fits into
+/// the largest send and receive buffers. A JDK (jdk.tls.keyLimits) does so from its limit until our reply reaches it.
+const CREDIT_RECORDS: u32 = 1024;
+
+/// Tells a client that rekeys from one that only does that.
+#[derive(Debug, Default)]
+pub struct Storm {
+    in_a_row: u32,
+    credit: u32,
+}
+
+impl Storm {
+    /// Data came from the client.
+    pub fn received_data(&mut self) {
+        *self = Self::default();
+    }
+
+    /// Data went to the client, which may answer each of its records.
+    pub fn sent_data(&mut self, bytes: usize) {
+        let records = u32::try_from(bytes.div_ceil(crate::protect::PLAIN_BYTES)).unwrap_or(CREDIT_RECORDS);
+        self.credit = self.credit.saturating_add(records).min(CREDIT_RECORDS);
+    }
+
+    /// A KeyUpdate came: true if it is one too many.
+    pub fn received_key_update(&mut self) -> bool {
+        self.in_a_row += 1;
+        self.in_a_row > KEY_UPDATES_IN_A_ROW + self.credit
+    }
+}
+
 /// Our KeyUpdate, asking for none in return (RFC 8446 section 4.6.3).
 pub const KEY_UPDATE: [u8; 5] = [24, 0, 0, 1, 0];
 
@@ -118,6 +148,17 @@ mod tests {
             assert_eq!(read_handshake(bad, false), unexpected(), "{bad:?}");
         }
         assert_eq!(read_handshake(&[1, 0, 0, 0], true), Head::Renegotiation);
+    }
+
+    #[test]
+    fn a_client_may_answer_each_record_with_a_key_update_and_no_more_than_that() {
+        let mut storm = Storm::default();
+        assert!((0..KEY_UPDATES_IN_A_ROW).all(|_| !storm.received_key_update()));
+        assert!(storm.received_key_update());
+        storm.received_data();
+        storm.sent_data(10 * crate::protect::PLAIN_BYTES);
+        assert!((0..KEY_UPDATES_IN_A_ROW + 10).all(|_| !storm.received_key_update()));
+        assert!(storm.received_key_update());
     }
 
     #[test]

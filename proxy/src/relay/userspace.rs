@@ -6,7 +6,7 @@
 //! what a socket does not take, which the connection keeps. One that waits holds no buffer. When the connection is to
 //! go through the door, reads become exact, so that the client's stream stands at the boundary of a record.
 
-use super::record::{self, Fatal, Head, alert};
+use super::record::{self, Fatal, Head, Storm, alert};
 use super::{COPY_BYTES, COPY_RECORDS, HALF_OPEN_TIMEOUT};
 use super::{ClientEnd, Down, Ended, Link, Scratch, Spare, TURN_BYTES, Turn, Up, UpstreamEnd, Want, over, timed_out};
 use crate::observe::counters::End;
@@ -52,7 +52,7 @@ pub struct Userspace {
     pub rekeyed: bool,
     /// The client has asked for a KeyUpdate of ours.
     reply_owed: bool,
-    key_updates_in_a_row: u32,
+    storm: Storm,
 }
 
 /// Where the relay stops.
@@ -78,7 +78,7 @@ impl Userspace {
             door,
             rekeyed: false,
             reply_owed: false,
-            key_updates_in_a_row: 0,
+            storm: Storm::default(),
         }
     }
 
@@ -264,7 +264,7 @@ impl Userspace {
         match kind {
             content_type::APPLICATION_DATA => {
                 if !range.is_empty() {
-                    self.key_updates_in_a_row = 0;
+                    self.storm.received_data();
                     gather(wire, range, pieces);
                 }
                 Ok(())
@@ -288,8 +288,7 @@ impl Userspace {
     }
 
     fn key_update_received(&mut self, reply: bool) -> Result<(), Ended> {
-        self.key_updates_in_a_row += 1;
-        if self.key_updates_in_a_row > record::KEY_UPDATES_IN_A_ROW {
+        if self.storm.received_key_update() {
             return Err(self.refuse(Fatal { how: End::KeyUpdateStorm, alert: Some(alert::UNEXPECTED_MESSAGE) }));
         }
         self.link.worker.counters.key_updates_received.add(1);
@@ -465,7 +464,7 @@ impl Userspace {
         }
         let gone = |_| Ended::abort(End::ClientReset);
         self.to_client.send(&mut self.link.client, &slots[..sealed]).map_err(gone)?;
-        self.key_updates_in_a_row = 0;
+        self.storm.sent_data(plain);
         self.link.watch.touch();
         self.link.moved_down += plain as u64;
         self.link.worker.counters.down_copied.add(plain as u64);

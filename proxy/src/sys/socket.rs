@@ -5,6 +5,9 @@ use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::{size_of, zeroed};
 use std::net::SocketAddr;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::rc::Rc;
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
 
 /// accept4(2). `Ok(None)`: nothing is queued.
 pub fn accept(listener: BorrowedFd<'_>) -> io::Result<Option<(OwnedFd, SocketAddr)>> {
@@ -192,6 +195,13 @@ pub fn poll_now(socket: BorrowedFd<'_>, events: i16) -> io::Result<i16> {
     // SAFETY: one entry, which outlives the call.
     cvt(unsafe { libc::poll(&mut entry, 1, 0) })?;
     Ok(entry.revents)
+}
+
+/// Watches a socket for writing with the runtime's epoll.
+pub fn watch_writable(socket: Rc<OwnedFd>) -> io::Result<AsyncFd<Rc<OwnedFd>>> {
+    // SAFETY: the descriptor stays open and the same as long as the AsyncFd lives, which holds its owner.
+    let watch = unsafe { AsyncFd::register_with_interest(socket, Interest::WRITABLE) };
+    watch.map_err(io::Error::from)
 }
 
 pub fn is_again(error: &io::Error) -> bool {
