@@ -35,7 +35,7 @@ pub struct Storm {
 impl Storm {
     /// Data came from the client.
     pub fn received_data(&mut self) {
-        *self = Self::default();
+        self.in_a_row = 0;
     }
 
     /// Data went to the client, which may answer each of its records.
@@ -107,7 +107,10 @@ pub fn read_alert(body: &[u8], tls12: bool) -> Head {
         [_, 0] => Head::CloseNotify,
         [WARNING, _] if tls12 => Head::Ignored,
         [_, USER_CANCELED] => Head::Ignored,
-        [_, _] => Head::Fatal(Fatal { how: End::ClientAlert, alert: None }),
+        [_, description] => {
+            tracing::info!(stage = "relay", description, "the client sent an alert");
+            Head::Fatal(Fatal { how: End::ClientAlert, alert: None })
+        }
         _ => Head::Fatal(Fatal { how: End::BadRecord, alert: Some(alert::DECODE_ERROR) }),
     }
 }
@@ -157,6 +160,7 @@ mod tests {
         assert!(storm.received_key_update());
         storm.received_data();
         storm.sent_data(10 * crate::protect::PLAIN_BYTES);
+        storm.received_data();
         assert!((0..KEY_UPDATES_IN_A_ROW + 10).all(|_| !storm.received_key_update()));
         assert!(storm.received_key_update());
     }

@@ -230,7 +230,9 @@ impl Userspace {
         let mut outcome = Ok(());
         while outcome.is_ok() && self.up == Up::Open {
             let Some(len) = protect::record_bytes(&wire[at..]) else { break };
-            if len > WIRE_BYTES {
+            if !self.is_record(&wire[at..]) {
+                outcome = Err(self.refuse_head(record::unexpected()));
+            } else if len > WIRE_BYTES {
                 outcome = Err(self.refuse(refusal(OpenError::Overflow)));
             } else if len > wire.len() - at {
                 break;
@@ -250,13 +252,18 @@ impl Userspace {
         outcome.map(|()| moved)
     }
 
+    /// A header that may be one: outside, a protected record of TLS 1.3 is always data.
+    fn is_record(&self, header: &[u8]) -> bool {
+        match header {
+            [content_type::APPLICATION_DATA, 3, ..] => true,
+            [content_type::ALERT | content_type::HANDSHAKE, 3, ..] => self.keys.ring.is_tls12(),
+            _ => false,
+        }
+    }
+
     /// Opens one record: data becomes a piece, anything else is done.
     fn record(&mut self, wire: &mut [u8], at: Range<usize>, pieces: &mut Vec<Range<usize>>) -> Result<(), Ended> {
         let tls12 = self.keys.ring.is_tls12();
-        // The type of a protected record of TLS 1.3 is always this one outside.
-        if !tls12 && wire[at.start] != content_type::APPLICATION_DATA {
-            return Err(self.refuse_head(record::unexpected()));
-        }
         let (kind, range) = match self.keys.rx.open(&mut wire[at.clone()]) {
             Ok((kind, range)) => (kind, at.start + range.start..at.start + range.end),
             Err(error) => return Err(self.refuse(refusal(error))),

@@ -1,6 +1,7 @@
 //! Non-blocking socket calls, one function each. None of them waits: readiness comes from the ring.
 
 use super::cvt;
+use socket2::SockRef;
 use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::{size_of, zeroed};
 use std::net::SocketAddr;
@@ -107,8 +108,10 @@ pub fn shutdown(socket: BorrowedFd<'_>, half: Half) -> io::Result<()> {
     cvt(unsafe { libc::shutdown(socket.as_raw_fd(), how) }).map(drop)
 }
 
-/// Bytes that the peer has not acknowledged (SIOCOUTQ, tcp(7)).
+/// Bytes that the peer has not acknowledged (SIOCOUTQ, tcp(7)); ENOTCONN when it never will, because it has reset the
+/// connection: the queue's own count stays what it was then.
 pub fn unacknowledged(socket: BorrowedFd<'_>) -> io::Result<usize> {
+    SockRef::from(&socket).peer_addr()?;
     ioctl_int(socket, libc::TIOCOUTQ)
 }
 
