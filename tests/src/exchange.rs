@@ -233,6 +233,18 @@ impl Setup {
         transfer(ctx, &self.proxy, listener, &self.upstream, suite, plan)
     }
 
+    /// The same while other connections are busy, so that nothing can be counted.
+    pub fn transfer_beside(&self, ctx: &Context, listener: usize, suite: Suite, plan: &Plan) -> Result<()> {
+        let ended = run(self.client(ctx, listener, suite)?, plan)?.ended;
+        ensure!(
+            ended == Ended { bytes: plan.request.down, how: How::CloseNotify, fin: true },
+            "the client saw {ended:?}"
+        );
+        let served = self.upstream.served()?;
+        ensure!((served.up, served.end) == (plan.request.up, PeerEnd::Fin), "the upstream saw {served:?}");
+        Ok(())
+    }
+
     pub fn client(&self, ctx: &Context, listener: usize, suite: Suite) -> Result<Client> {
         Client::connect(ctx, self.proxy.address(listener), &Offer::new(ctx, suite)?)
     }

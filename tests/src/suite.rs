@@ -2,17 +2,23 @@
 
 pub mod bulk;
 pub mod closing;
+pub mod commands;
 pub mod door;
+pub mod drain;
 pub mod faults;
 pub mod first_request;
+pub mod idle;
 pub mod java;
 pub mod key_update;
 pub mod limits;
 pub mod nonces;
 pub mod peers;
+pub mod privileges;
 pub mod programs;
 pub mod real_clients;
+pub mod reload;
 pub mod slow_readers;
+pub mod stalled_readers;
 pub mod trickle;
 
 use crate::environment::{Environment, Kernel};
@@ -34,6 +40,12 @@ pub fn tests(env: &Environment) -> Vec<Test> {
     tests.extend(limits::tests(env));
     tests.extend(nonces::tests(env));
     tests.extend(trickle::tests(env));
+    tests.extend(reload::tests(env));
+    tests.extend(drain::tests(env));
+    tests.extend(privileges::tests(env));
+    tests.extend(commands::tests(env));
+    tests.extend(stalled_readers::tests(env));
+    tests.extend(idle::tests(env));
     tests
 }
 

@@ -113,22 +113,19 @@ type Spoil = fn(&mut Client) -> Result<Vec<u8>>;
 fn bad_records(ctx: &Context, relay: Relay) -> Result<()> {
     let setup = Setup::manual(ctx, relay, &[0, 16_384])?;
     let (mut bystander, other) = setup.open(ctx, 0, TLS13_AES_128, 1_000)?;
-    let cases: [(&str, Option<u8>, Spoil); 7] =
-        [
-            ("16385 bytes of plaintext", Some(RECORD_OVERFLOW), |c| c.tx.seal(DATA, &Pattern::up().bytes(16_385), 0)),
-            ("a header of 17000 bytes", Some(RECORD_OVERFLOW), |_| {
-                Ok([&[23, 3, 3, 0x42, 0x68][..], &[1; 17_000]].concat())
-            }),
-            ("type 99", None, |c| c.tx.seal(99, b"what", 0)),
-            ("plain HTTP", None, |_| Ok(b"GET / HTTP/1.1\r\n\r\n and so on".to_vec())),
-            ("version 9.9", None, |c| {
-                let mut record = c.tx.seal(DATA, b"data", 0)?;
-                record[1..3].copy_from_slice(&[9, 9]);
-                Ok(record)
-            }),
-            ("a record shorter than its tag", None, |_| Ok(vec![23, 3, 3, 0, 5, 1, 2, 3, 4, 5])),
-            ("a plain ChangeCipherSpec", None, |_| Ok(vec![20, 3, 3, 0, 1, 1].repeat(40))),
-        ];
+    let cases: [(&str, Option<u8>, Spoil); 7] = [
+        ("16385 bytes of plaintext", Some(RECORD_OVERFLOW), |c| c.tx.seal(DATA, &Pattern::up().bytes(16_385), 0)),
+        ("a header of 17000 bytes", None, |_| Ok([&[23, 3, 3, 0x42, 0x68][..], &[1; 17_000]].concat())),
+        ("type 99", None, |c| c.tx.seal(99, b"what", 0)),
+        ("plain HTTP", None, |_| Ok(b"GET / HTTP/1.1\r\n\r\n and so on".to_vec())),
+        ("version 9.9", None, |c| {
+            let mut record = c.tx.seal(DATA, b"data", 0)?;
+            record[1..3].copy_from_slice(&[9, 9]);
+            Ok(record)
+        }),
+        ("a record shorter than its tag", None, |_| Ok(vec![23, 3, 3, 0, 5, 1, 2, 3, 4, 5])),
+        ("a plain ChangeCipherSpec", None, |_| Ok(vec![20, 3, 3, 0, 1, 1].repeat(40))),
+    ];
     for (what, alert, spoil) in cases {
         for (listener, suite) in [(0, TLS13_AES_256), (1, TLS13_AES_128), (0, TLS12_AES_256), (1, TLS12_CHACHA)] {
             let scene = || spoiled(&setup, setup.open(ctx, listener, suite, 40_000)?, alert, spoil);

@@ -1,0 +1,120 @@
+//! SIGHUP: listeners, upstreams and limits change under those who are connected; a bad file changes nothing.
+
+use crate::client::How;
+use crate::client::handshake::{TLS13_AES_128, TLS13_AES_256};
+use crate::environment::{Environment, Relay};
+use crate::exchange::{self, Plan, Setup};
+use crate::run::{Context, Test};
+use crate::upstream::{Kind, Upstream, exchange as serve};
+use anyhow::{Context as _, Result, ensure};
+use rustix::process::Signal;
+use std::fs;
+use std::net::{SocketAddr, TcpStream};
+use std::thread;
+use std::time::{Duration, Instant};
+
+pub fn tests(env: &Environment) -> Vec<Test> {
+    let mut tests = Vec::new();
+    let mut add = |name, run| tests.extend(Test::each_relay(env, name, run));
+    add("a_reload_opens_and_closes_listeners_and_cuts_nobody", listeners);
+    add("a_reload_with_a_bad_file_keeps_what_runs", bad_file);
+    add("a_reload_changes_upstreams_and_limits_for_new_connections", upstreams);
+    tests
+}
+
+fn wait(ctx: &Context, what: &str, mut is: impl FnMut() -> bool) -> Result<()> {
+    let deadline = Instant::now() + ctx.environment.patience();
+    while !is() {
+        ensure!(Instant::now() < deadline, "waited in vain until {what}");
+        thread::sleep(Duration::from_millis(10));
+    }
+    Ok(())
+}
+
+fn listens(address: SocketAddr) -> bool {
+    TcpStream::connect(address).is_ok()
+}
+
+fn listeners(ctx: &Context, relay: Relay) -> Result<()> {
+    let mut setup = Setup::manual(ctx, relay, &[0, 16_384])?;
+    let (mut client, stream) = setup.open(ctx, 0, TLS13_AES_256, 40_000)?;
+    let old = setup.proxy.address(0);
+    let mut settings = setup.proxy.settings.clone();
+    settings = settings.listen(1, setup.upstream.address())?;
+    let new = settings.listeners[2].address;
+    setup.proxy.reload(settings.clone())?;
+    wait(ctx, "the new listener is open", || listens(new))?;
+    ensure!(listens(old), "a reload closed a listener that the file still names");
+    settings.listeners.remove(0);
+    setup.proxy.reload(settings)?;
+    wait(ctx, "the old listener is closed", || !listens(old))?;
+    setup.check_bystander(&mut client, &stream)?;
+    drop((client, stream));
+    setup.proxy.settled()?;
+    // Those that `listens` made are among the upstream's, if they got so far.
+    while setup.upstream.accept_now().is_some() {}
+    for listener in 0..2 {
+        let (mut client, stream) = setup.open(ctx, listener, TLS13_AES_128, 40_000)?;
+        setup.check_bystander(&mut client, &stream)?;
+    }
+    finish_reloaded(ctx, setup)
+}
+
+/// Its descriptors at start are no measure any more.
+fn finish_reloaded(ctx: &Context, setup: Setup) -> Result<()> {
+    let Setup { mut proxy, .. } = setup;
+    let metrics = proxy.settled()?;
+    ctx.totals.add(&metrics);
+    proxy.signal(Signal::TERM)?;
+    let status = proxy.wait_exit()?;
+    proxy.check_end(status)
+}
+
+fn bad_file(ctx: &Context, relay: Relay) -> Result<()> {
+    let setup = Setup::exchanging(ctx, relay, &[0])?;
+    let good = fs::read_to_string(&setup.proxy.config)?;
+    for bad in
+        ["this is no TOML", "[server]\nadmin = 7\n", &good.replace("[[listener]]", "[[listener]]\nno_such_key = 1")]
+    {
+        let lines = setup.proxy.log().lines().count();
+        fs::write(&setup.proxy.config, bad)?;
+        setup.proxy.signal(Signal::HUP)?;
+        wait(ctx, "the log speaks of the bad file", || setup.proxy.log().lines().count() > lines)?;
+        setup.transfer(ctx, 0, TLS13_AES_128, &Plan::new(10_000, 10_000))?;
+    }
+    fs::write(&setup.proxy.config, good)?;
+    setup.proxy.signal(Signal::HUP)?;
+    setup.transfer(ctx, 0, TLS13_AES_128, &Plan::new(10_000, 10_000))?;
+    setup.finish(ctx).map(drop)
+}
+
+fn upstreams(ctx: &Context, relay: Relay) -> Result<()> {
+    let mut setup = Setup::manual(ctx, relay, &[0])?;
+    let (mut client, stream) = setup.open(ctx, 0, TLS13_AES_256, 40_000)?;
+    let other = Upstream::serve(&ctx.environment, Kind::V4, serve)?;
+    let mut settings = setup.proxy.settings.clone();
+    settings.listeners[0].server = other.address().to_owned();
+    let settings = settings.limit("connections = 2");
+    setup.proxy.reload(settings)?;
+    let moves_to_the_other = |setup: &Setup| -> Result<bool> {
+        let fresh = setup.client(ctx, 0, TLS13_AES_128)?;
+        // The old upstream would answer nothing, and be noticed by its accept.
+        thread::sleep(ctx.environment.moment() * 20);
+        if setup.upstream.accept_now().is_some() {
+            return Ok(false);
+        }
+        let ended = exchange::run(fresh, &Plan::new(5_000, 5_000))?.ended;
+        ensure!((ended.bytes, ended.how) == (5_000, How::CloseNotify), "{ended:?}");
+        other.served().map(|_| true)
+    };
+    let deadline = Instant::now() + ctx.environment.patience();
+    while !moves_to_the_other(&setup)? {
+        ensure!(Instant::now() < deadline, "new connections still go to the old upstream");
+    }
+    setup.check_bystander(&mut client, &stream)?;
+    setup.proxy.wait_for("the others to end", |m| m.live() == 1)?;
+    let second = setup.client(ctx, 0, TLS13_AES_128).context("the second of two connections")?;
+    ensure!(setup.client(ctx, 0, TLS13_AES_128).is_err(), "the new cap of two connections does not hold");
+    drop((client, stream, second));
+    finish_reloaded(ctx, setup)
+}

@@ -1,0 +1,121 @@
+//! A thousand clients that read nothing while their upstreams send: what they hold is capped, and others are served.
+
+use crate::client::Client;
+use crate::client::handshake::{Offer, TLS13_AES_128, TLS13_AES_256};
+use crate::environment::{Environment, Relay};
+use crate::exchange::{Plan, Setup};
+use crate::process::free_port;
+use crate::proxy::loopback;
+use crate::run::{Context, Test};
+use crate::scrape::{proc_field, tcp_memory_kib};
+use crate::suite::slow_readers::small_socket;
+use crate::upstream::{Kind, Upstream, exchange as serve};
+use anyhow::{Context as _, Result, ensure};
+use std::io::{ErrorKind, Write};
+use std::net::{TcpListener, TcpStream};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+use std::thread;
+use std::time::Duration;
+
+pub fn tests(env: &Environment) -> Vec<Test> {
+    let mut tests = Test::each_relay(env, "readers_that_stall_hold_no_more_than_their_caps", stalled);
+    for test in &mut tests {
+        test.limit = Duration::from_secs(env.scale(90, 240));
+    }
+    tests
+}
+
+const PIPE_MEMORY_KIB: u64 = 64 << 10;
+/// Of the process: what it has anyway, and for each stalled reader some ciphertext that it could not hand on. In userspace
+/// that is the rest of a turn; past the door the kernel holds it, and copies go through a small buffer.
+const PROCESS_KIB: u64 = 64 << 10;
+const OFFLOADED_READER_KIB: u64 = 20;
+const USERSPACE_READER_KIB: u64 = 300;
+
+/// An upstream that sends to everyone as fast as they take it, in one thread.
+fn flood(listener: &TcpListener, stop: &AtomicBool, sent: &AtomicU64) -> Result<()> {
+    listener.set_nonblocking(true)?;
+    let mut streams: Vec<TcpStream> = Vec::new();
+    let chunk = vec![7; 1 << 16];
+    while !stop.load(Relaxed) {
+        while let Ok((stream, _)) = listener.accept() {
+            stream.set_nonblocking(true)?;
+            // Most of what is in flight shall be tlsplice's affair.
+            socket2::SockRef::from(&stream).set_send_buffer_size(1 << 16)?;
+            streams.push(stream);
+        }
+        let mut idle = true;
+        for mut stream in &streams {
+            match stream.write(&chunk) {
+                Ok(n) => {
+                    sent.fetch_add(n as u64, Relaxed);
+                    idle = false;
+                }
+                Err(e) if e.kind() == ErrorKind::WouldBlock => {}
+                // Its client has gone.
+                Err(_) => {}
+            }
+        }
+        if idle {
+            thread::sleep(Duration::from_millis(20));
+        }
+    }
+    Ok(())
+}
+
+fn stalled(ctx: &Context, relay: Relay) -> Result<()> {
+    let readers = ctx.environment.scale(1_000_u64, 500);
+    let listener = TcpListener::bind(loopback(free_port()?))?;
+    let flooding = listener.local_addr()?.to_string();
+    let upstream = Upstream::serve(&ctx.environment, Kind::V4, serve)?;
+    let setup = Setup::with(ctx, relay, &[0, 0, 1 << 20], upstream, |mut settings| {
+        settings.listeners[0].server = flooding;
+        settings
+    })?;
+    let (stop, sent) = (AtomicBool::new(false), AtomicU64::new(0));
+    thread::scope(|scope| {
+        let flooder = scope.spawn(|| flood(&listener, &stop, &sent));
+        let result = measure(ctx, &setup, relay, readers, &sent);
+        stop.store(true, Relaxed);
+        flooder.join().expect("the flooder does not panic")?;
+        result
+    })?;
+    setup.finish(ctx).map(drop)
+}
+
+fn measure(ctx: &Context, setup: &Setup, relay: Relay, readers: u64, sent: &AtomicU64) -> Result<()> {
+    let pid = setup.proxy.pid();
+    let (pss_before, tcp_before) = (proc_field(pid, "smaps_rollup", "Pss")?, tcp_memory_kib()?);
+    let offer = Offer::new(ctx, TLS13_AES_128)?;
+    let connect = |_| {
+        let socket = small_socket(setup.proxy.address(0), 16_384)?;
+        Client::connect_on(ctx, socket, &offer)
+    };
+    let clients = (0..readers).map(connect).collect::<Result<Vec<_>>>().context("connect the readers")?;
+    // Until nothing moves any more.
+    let mut last = u64::MAX;
+    while last != sent.load(Relaxed) {
+        last = sent.load(Relaxed);
+        thread::sleep(Duration::from_millis(500));
+    }
+    for listener in [1, 2] {
+        setup.transfer_beside(ctx, listener, TLS13_AES_256, &Plan::new(8 << 20, 8 << 20))?;
+    }
+    let metrics = setup.proxy.metrics()?;
+    let pss = proc_field(pid, "smaps_rollup", "Pss")?;
+    let pipes = metrics.sum("tlsplice_pipe_bytes", &[]) >> 10;
+    ctx.note(&format!(
+        "{readers} stalled readers, {} MiB taken from their upstreams: PSS {} KiB (+{}), pipes {pipes} KiB, {} denied, TCP +{} KiB",
+        last >> 20,
+        pss,
+        pss - pss_before.min(pss),
+        metrics.sum("tlsplice_pipe_denied_total", &[]),
+        tcp_memory_kib()?.saturating_sub(tcp_before),
+    ));
+    ensure!(pipes <= PIPE_MEMORY_KIB, "the pipes hold {pipes} KiB");
+    let each = if relay.offloads() { OFFLOADED_READER_KIB } else { USERSPACE_READER_KIB };
+    let cap = PROCESS_KIB + readers * each;
+    ensure!(pss <= cap, "the process has {pss} KiB, {cap} are the cap");
+    drop(clients);
+    Ok(())
+}
