@@ -18,6 +18,8 @@ use std::future::Future;
 use std::io;
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
+use std::time::Duration;
+use tokio::time::Sleep;
 
 pub use super::keys::KernelKeys;
 
@@ -25,6 +27,9 @@ pub use super::keys::KernelKeys;
 const GATHER_BYTES: usize = 128 << 10;
 /// Pipe slots that one record may take: its pages, and one for where it starts.
 const RECORD_PIPE_PAGES: usize = 18;
+
+/// How long a partial record may keep the kernel's queue below the mark that was set for its next byte.
+const PARTIAL_RECORD_RETRY: Duration = Duration::from_millis(10);
 
 /// A connection whose record layer is the kernel's.
 pub struct Kernel {
@@ -37,8 +42,8 @@ pub struct Kernel {
     /// A KeyUpdate of ours is due, because the client asked for one or our key is used up.
     key_update_due: bool,
     storm: Storm,
-    /// SO_RCVLOWAT stands above 1, because a partial record would wake us for ever.
-    low_water_raised: bool,
+    /// SO_RCVLOWAT stands above 1, because a partial record would wake us for ever; read again when this is over.
+    low_water: Option<Pin<Box<Sleep>>>,
 }
 
 impl Kernel {
@@ -57,7 +62,7 @@ impl Kernel {
             down,
             key_update_due: false,
             storm: Storm::default(),
-            low_water_raised: false,
+            low_water: None,
         }
     }
 
@@ -85,9 +90,9 @@ impl Kernel {
                 continue;
             }
             let ready = self.link.poll_ready(cx, want);
-            if self.low_water_raised && !self.link.client.read_armed() {
-                let _ = socket::set_receive_low_water(self.link.client.fd(), 1);
-                self.low_water_raised = false;
+            if self.lower_low_water(cx) && ready.is_pending() {
+                self.link.client.readable = true;
+                continue;
             }
             if let Err(verdict) = ready!(ready)
                 && let Some(ended) = self.timed_out(verdict)
@@ -137,18 +142,31 @@ impl Kernel {
     /// Where a partial record counts as readable, asks to be woken by the next byte instead. False: read again, as
     /// more than the bytes counted here may have come before the mark was set.
     fn raise_low_water(&mut self) -> bool {
-        if !self.link.worker.kernel.partial_record_wakes || self.low_water_raised || self.link.client.read_armed() {
+        let armed = self.low_water.is_some() || self.link.client.read_armed();
+        if !self.link.worker.kernel.partial_record_wakes || armed {
             return true;
         }
         match socket::readable_bytes(self.link.client.fd()) {
             Ok(partial) if partial > 0 => {
                 let _ = socket::set_receive_low_water(self.link.client.fd(), partial + 1);
-                self.low_water_raised = true;
+                self.low_water = Some(Box::pin(tokio::time::sleep(PARTIAL_RECORD_RETRY)));
                 self.link.client.readable = true;
                 false
             }
             Ok(_) | Err(_) => true,
         }
+    }
+
+    /// Back to 1 as soon as the poll has ended. True: it has not, and it is time to read all the same, because the
+    /// kernel may have taken the bytes that were counted out of the queue, and then the mark is never reached.
+    fn lower_low_water(&mut self, cx: &mut Context<'_>) -> bool {
+        let Some(retry) = &mut self.low_water else { return false };
+        let over = retry.as_mut().poll(cx).is_ready();
+        if over || !self.link.client.read_armed() {
+            let _ = socket::set_receive_low_water(self.link.client.fd(), 1);
+            self.low_water = None;
+        }
+        over
     }
 
     // ---- client to upstream
@@ -193,7 +211,7 @@ impl Kernel {
         }
     }
 
-    fn break_up(&mut self, how: End, silence: std::time::Duration) {
+    fn break_up(&mut self, how: End, silence: Duration) {
         self.up = Up::Broken(how);
         self.up_flow.rest();
         self.link.watch.allow_at_most(silence);
@@ -467,7 +485,7 @@ impl Future for Run<'_> {
     type Output = Ended;
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Ended> {
         let ended = ready!(self.0.poll(cx));
-        if self.0.low_water_raised {
+        if self.0.low_water.is_some() {
             let _ = socket::set_receive_low_water(self.0.link.client.fd(), 1);
         }
         Poll::Ready(ended)

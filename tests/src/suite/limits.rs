@@ -215,11 +215,11 @@ fn slow_transfers(ctx: &Context, setup: &Setup) -> Result<()> {
 
 /// With room for one pipe or none the rest of the transfers copy, and are counted.
 fn pipe_memory(ctx: &Context, relay: Relay) -> Result<()> {
-    let setup = exchanging(ctx, relay, &["pipe_memory = \"1 MiB\""])?;
+    let setup = exchanging(ctx, relay, &["pipe_memory = \"256 KiB\""])?;
     slow_transfers(ctx, &setup)?;
     let metrics = setup.finish(ctx)?;
     let denied = metrics.sum("tlsplice_pipe_denied_total", &[]);
     ctx.note(&format!("{denied} pipes denied, {} bytes spliced, {} copied", metrics.spliced(), metrics.copied()));
-    ensure!(denied > 0 && metrics.copied() > 0, "eight slow transfers had pipes enough in 1 MiB");
+    ensure!(denied > 0 && metrics.copied() > 0, "eight slow transfers had pipes enough in 256 KiB");
     Ok(())
 }

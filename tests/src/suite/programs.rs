@@ -125,7 +125,8 @@ fn feed(stdin: &mut ChildStdin, request: &Request, feed: &Feed<'_>, limit: Durat
     }
 }
 
-/// Waits until the program has taken everything: a command counts only at the start of a read.
+/// Waits until the program has taken everything: a command counts only at the start of a read. A program that has ended
+/// takes nothing more, and the next write says so.
 fn alone(stdin: &ChildStdin, limit: Duration) -> Result<()> {
     let deadline = Instant::now() + limit;
     while rustix::io::ioctl_fionread(stdin).context("FIONREAD of a pipe")? > 0 {
