@@ -33,7 +33,8 @@ static LIVE: AtomicUsize = AtomicUsize::new(0);
 /// A listening socket and its settings, which a reload may change.
 pub struct Listening {
     listener: RefCell<Arc<Listener>>,
-    sock: RefCell<Sock>,
+    /// `None` once it is closed.
+    sock: RefCell<Option<Sock>>,
     share: Rc<Share>,
     /// Connections so far: whose turn it is among the upstream's servers.
     turn: Rc<Cell<usize>>,
@@ -46,7 +47,7 @@ impl Listening {
     pub fn new(listener: Arc<Listener>, socket: OwnedFd, share: Rc<Share>) -> Rc<Self> {
         Rc::new(Self {
             listener: RefCell::new(listener),
-            sock: RefCell::new(Sock::new(socket)),
+            sock: RefCell::new(Some(Sock::new(socket))),
             share,
             turn: Rc::default(),
             closing: Cell::new(false),
@@ -64,7 +65,11 @@ impl Listening {
 /// Closes a listener so that no client that was answered is reset: new SYNs are dropped, handshakes under way may
 /// complete, and everything queued is accepted.
 pub async fn retire(listening: Rc<Listening>) {
-    let _ = socket::refuse_new_connections(listening.sock.borrow().fd());
+    if let Some(sock) = listening.sock.borrow().as_ref()
+        && let Err(e) = socket::refuse_new_connections(sock.fd())
+    {
+        tracing::info!(stage = "accept", reason = %e, "no filter: a SYN in the moment of closing may be reset");
+    }
     tokio::time::sleep(SYN_GRACE).await;
     listening.closing.set(true);
     if let Some(waker) = listening.waker.borrow_mut().take() {
@@ -84,7 +89,12 @@ pub async fn accept_loop(listening: Rc<Listening>, core: Rc<Core>) {
                 pausing = false;
                 NextTurn::new().await;
             }
-            Ok(Batch::Empty) if listening.closing.get() => break,
+            Ok(Batch::Empty) if listening.closing.get() => {
+                // Nothing between the last look at the queue and the close, or a client in between is reset.
+                if close(&listening, &core).await {
+                    break;
+                }
+            }
             Ok(Batch::Empty) => {
                 pausing = false;
                 acceptable(&listening).await;
@@ -98,18 +108,26 @@ pub async fn accept_loop(listening: Rc<Listening>, core: Rc<Core>) {
             }
         }
     }
-    cancel(&listening).await;
     listening.closed.set(true);
 }
 
+/// Closes the socket if its queue is empty in the same moment. Afterwards no poll of ours holds it open.
 #[expect(clippy::await_holding_refcell_ref, reason = "the accept loop is the socket's only user by then")]
-async fn cancel(listening: &Listening) {
-    listening.sock.borrow_mut().cancel().await;
+async fn close(listening: &Listening, core: &Rc<Core>) -> bool {
+    if let Some(sock) = listening.sock.borrow_mut().as_mut() {
+        sock.cancel().await;
+    }
+    let empty = !matches!(accept_batch(listening, core), Ok(Batch::More));
+    if empty {
+        drop(listening.sock.borrow_mut().take());
+    }
+    empty
 }
 
 async fn acceptable(listening: &Listening) {
     poll_fn(|cx| {
         let mut sock = listening.sock.borrow_mut();
+        let Some(sock) = sock.as_mut() else { return Poll::Ready(()) };
         sock.arm_read();
         if sock.take_up(cx) || listening.closing.get() {
             return Poll::Ready(());
@@ -127,7 +145,10 @@ enum Batch {
 
 fn accept_batch(listening: &Listening, core: &Rc<Core>) -> io::Result<Batch> {
     for _ in 0..BATCH {
-        let next = socket::accept(listening.sock.borrow().fd());
+        let next = match listening.sock.borrow().as_ref() {
+            Some(sock) => socket::accept(sock.fd()),
+            None => return Ok(Batch::Empty),
+        };
         match next {
             Ok(Some((client, peer))) => admit(client, peer, listening, core),
             Ok(None) => return Ok(Batch::Empty),

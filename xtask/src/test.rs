@@ -24,8 +24,13 @@ use std::time::{Duration, Instant};
 
 /// Seconds that one kernel's run may take: several times what it takes on two cores.
 const RUN_LIMIT: Duration = Duration::from_secs(1800);
+/// The same for a guest, of which there are four: two turns of two.
+const GUEST_LIMIT: Duration = Duration::from_secs(900);
 /// Guests that run at once: each has two virtual processors, and a test does not assert times that this would spoil.
 const GUESTS_AT_ONCE: usize = 2;
+/// Series whose runs have been clean from end to end. The others run and are shown, failures and all, but do not fail
+/// the command: a series comes in here once it has passed, and none leaves.
+const ENFORCED_GUESTS: &[&str] = &[];
 /// Memory of a guest: the largest test holds a thousand connections whose buffers are full.
 const GUEST_MEMORY_MIB: u32 = 3072;
 
@@ -213,7 +218,7 @@ fn in_user_mode(linux: PathBuf, binaries: &Binaries, arguments: &[OsString], wor
 
 /// All guests, a few at a time, each on a thread of its own; the rows in the order of the kernels.
 fn in_guests(found: Found, binaries: &Binaries, arguments: &[OsString], work: &Workplace) -> Vec<Row> {
-    let size = vm::Size { memory_mib: GUEST_MEMORY_MIB, limit: RUN_LIMIT };
+    let size = vm::Size { memory_mib: GUEST_MEMORY_MIB, limit: GUEST_LIMIT };
     let queue = Mutex::new(found.kernels.iter().enumerate());
     let done: Mutex<Vec<(usize, Row)>> = Mutex::default();
     let run = |kernel: &Kernel| vm::tests(kernel, binaries, Vec::new(), arguments, &size, work);
@@ -224,6 +229,8 @@ fn in_guests(found: Found, binaries: &Binaries, arguments: &[OsString], work: &W
                     let next = queue.lock().expect("no holder of this lock panics").next();
                     let Some((at, kernel)) = next else { break };
                     let row = Row::new(&kernel.series, run(kernel));
+                    let enforced = ENFORCED_GUESTS.contains(&kernel.series.as_str());
+                    let row = if enforced { row } else { row.unenforced() };
                     done.lock().expect("no holder of this lock panics").push((at, row));
                 }
             });

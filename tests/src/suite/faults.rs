@@ -127,7 +127,7 @@ fn bad_records(ctx: &Context, relay: Relay) -> Result<()> {
             // The kernel looks at a header with the explicit nonce behind it, so more must follow.
             Ok([&[23, 3, 3, 0, 5, 1, 2, 3, 4, 5][..], &[23, 3, 3, 0, 5, 1, 2, 3, 4, 5]].concat())
         }),
-        ("a plain ChangeCipherSpec", None, |_| Ok(vec![20, 3, 3, 0, 1, 1].repeat(40))),
+        ("a plain ChangeCipherSpec", None, |_| Ok([20, 3, 3, 0, 1, 1].repeat(40))),
     ];
     for (what, alert, spoil) in cases {
         for (listener, suite) in [(0, TLS13_AES_256), (1, TLS13_AES_128), (0, TLS12_AES_256), (1, TLS12_CHACHA)] {

@@ -197,7 +197,7 @@ fn slow_transfers(ctx: &Context, setup: &Setup) -> Result<()> {
             let suite = if n.is_multiple_of(2) { TLS13_AES_256 } else { TLS12_AES_256 };
             let client = setup.client(ctx, n as usize / 2 % listeners, suite)?;
             let plan = Plan::new(bytes, 300_000).ragged(n).with(|request| request.slow = true);
-            let plan = if n % 3 == 0 { Plan { records: (1, 3_000), ..plan } } else { plan };
+            let plan = if n.is_multiple_of(3) { Plan { records: (1, 3_000), ..plan } } else { plan };
             let ended = exchange::run(client, &plan).with_context(|| format!("transfer {n}"))?.ended;
             ensure!((ended.bytes, ended.how) == (300_000, How::CloseNotify), "transfer {n}: {ended:?}");
             Ok(())
@@ -215,11 +215,11 @@ fn slow_transfers(ctx: &Context, setup: &Setup) -> Result<()> {
 
 /// With room for one pipe or none the rest of the transfers copy, and are counted.
 fn pipe_memory(ctx: &Context, relay: Relay) -> Result<()> {
-    let setup = exchanging(ctx, relay, &["pipe_memory = \"256 KiB\""])?;
+    let setup = exchanging(ctx, relay, &["pipe_memory = \"64 KiB\""])?;
     slow_transfers(ctx, &setup)?;
     let metrics = setup.finish(ctx)?;
     let denied = metrics.sum("tlsplice_pipe_denied_total", &[]);
     ctx.note(&format!("{denied} pipes denied, {} bytes spliced, {} copied", metrics.spliced(), metrics.copied()));
-    ensure!(denied > 0 && metrics.copied() > 0, "eight slow transfers had pipes enough in 256 KiB");
+    ensure!(denied > 0 && metrics.copied() > 0, "eight slow transfers had pipes enough in 64 KiB");
     Ok(())
 }

@@ -65,7 +65,7 @@ fn readers(ctx: &Context, relay: Relay, way: Way) -> Result<()> {
         let what = || {
             format!(
                 "TLS 1.3: {}, offload_after {}",
-                n % 2 == 0,
+                n.is_multiple_of(2),
                 setup.proxy.settings.listeners[n / 2 % 2].offload_after
             )
         };
