@@ -174,6 +174,14 @@ pub fn proc_field(pid: u32, file: &str, name: &str) -> Result<u64> {
     line.split_whitespace().next().and_then(|v| v.parse().ok()).with_context(|| format!("{name} in {path} is {line:?}"))
 }
 
+/// The process's share of memory, in KiB, and what it is called: its resident size where the kernel cannot tell shares.
+pub fn memory_kib(pid: u32) -> Result<(u64, &'static str)> {
+    match proc_field(pid, "smaps_rollup", "Pss") {
+        Ok(kib) => Ok((kib, "PSS")),
+        Err(_) => Ok((proc_field(pid, "status", "RssAnon")?, "anonymous RSS")),
+    }
+}
+
 /// CPU time of all threads, user and system, in nanoseconds.
 pub fn cpu_ns(pid: u32) -> Result<u64> {
     let mut sum = 0;

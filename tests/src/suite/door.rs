@@ -3,7 +3,7 @@
 
 use crate::client::handshake::{SUITES, Suite};
 use crate::environment::{Environment, Relay};
-use crate::exchange::{DOORS, Plan, Setup, Updates};
+use crate::exchange::{Close, DOORS, Plan, Setup, Updates};
 use crate::pattern::Random;
 use crate::run::{Context, Test};
 use crate::upstream::REQUEST_BYTES;
@@ -66,7 +66,10 @@ fn plan(ctx: &Context, suite: Suite, door: u64, traffic: Traffic, seed: u64) -> 
         Traffic::Down => (0, bytes),
         Traffic::Both | Traffic::InTurn => (bytes, bytes),
     };
-    let plan = Plan::new(up, down).ragged(seed).with(|request| request.in_turn = traffic == Traffic::InTurn);
+    // A half that has ended shuts the door: here only those in turn, and one in four of the others, end one early.
+    let early = traffic == Traffic::InTurn || seed % 4 == 1;
+    let plan = Plan::new(up, down).ragged(seed).close(if early { Close::First } else { Close::Answer });
+    let plan = plan.with(|request| (request.in_turn, request.together) = (traffic == Traffic::InTurn, !early));
     plan.updates(if suite.tls13 { updates(ctx, door, up, &mut random) } else { Updates::None })
 }
 
@@ -106,6 +109,8 @@ fn one(ctx: &Context, setup: &Setup, listener: usize, suite: Suite, plan: &Plan)
             "rekeyed before the door: offloaded {offloaded}, declined {rekeyed}"
         );
         ensure!(unable || door > 0 || offloaded == 1, "a door at 0 was not taken");
+        let owes = plan.updates != Updates::None;
+        ensure!(unable || owes || plan.close == Close::First || offloaded == 1, "it never went through its door");
         Ok(!unable && offloaded == 0)
     };
     check().with_context(|| format!("{}, offload_after {door}, {plan:?}", suite.name))

@@ -16,6 +16,7 @@ use anyhow::{Context as _, Result, ensure};
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpStream};
 use std::process::Stdio;
+use std::time::Instant;
 
 pub fn tests(env: &Environment) -> Vec<Test> {
     let mut tests = Vec::new();
@@ -67,9 +68,17 @@ fn no_hello(ctx: &Context, relay: Relay) -> Result<()> {
         setup.proxy.wait_for(what, |m| m.ended("handshake_failed") + m.ended("client_alert") == failed)?;
         setup.check_bystander(&mut bystander, &other)?;
     }
-    let log = setup.proxy.log();
-    let lines = log.lines().filter(|l| l.contains("\"stage\":\"handshake\"") && !l.contains("\"reason\":\"\""));
-    ensure!(lines.count() == cases.len(), "not every failure has its line with stage and reason: {log}");
+    // The log is written by a thread of its own.
+    let explained = |log: &str| {
+        let lines = log.lines().filter(|l| l.contains("\"stage\":\"handshake\"") && !l.contains("\"reason\":\"\""));
+        lines.count() == cases.len()
+    };
+    let deadline = Instant::now() + ctx.environment.patience();
+    while !explained(&setup.proxy.log()) {
+        let log = setup.proxy.log();
+        ensure!(Instant::now() < deadline, "not every failure has its line with stage and reason: {log}");
+        std::thread::sleep(ctx.environment.moment());
+    }
     drop((bystander, other));
     setup.finish(ctx).map(drop)
 }

@@ -7,7 +7,7 @@ use crate::exchange::Setup;
 use crate::pattern::Pattern;
 use crate::process::descriptor_limit;
 use crate::run::{Context, Test};
-use crate::scrape::{meminfo_kib, proc_field};
+use crate::scrape::{meminfo_kib, memory_kib};
 use crate::upstream::{Kind, Stream, Upstream};
 use anyhow::{Context as _, Result, ensure};
 use std::thread;
@@ -41,16 +41,16 @@ fn idle(ctx: &Context, relay: Relay) -> Result<()> {
     // What a first connection brings with it is no cost of the others.
     drop(setup.open(ctx, 0, TLS13_AES_128, 20_000)?);
     setup.proxy.settled()?;
-    let pss = || proc_field(pid, "smaps_rollup", "Pss");
-    let (pss_before, slab_before) = (pss()?, meminfo_kib("Slab")?);
+    let pss = || memory_kib(pid);
+    let ((pss_before, measure), slab_before) = (pss()?, meminfo_kib("Slab")?);
     let (mut clients, streams) = open_all(ctx, &setup, count)?;
     setup.proxy.wait_for("all of them", |m| m.live() == count)?;
     thread::sleep(Duration::from_secs(1));
     let bytes = |now: u64, before: u64| (now as f64 - before as f64) * 1024.0 / count as f64;
     ctx.note(&format!(
-        "{count} idle connections, {}: PSS {:.0} bytes each (aim {}); slab {:.0} bytes each, of all four sockets and their files",
+        "{count} idle connections, {}: {measure} {:.0} bytes each (aim {}); slab {:.0} bytes each, of all four sockets and their files",
         relay.name(),
-        bytes(pss()?, pss_before),
+        bytes(pss()?.0, pss_before),
         if relay.offloads() { "2048" } else { "6144" },
         bytes(meminfo_kib("Slab")?, slab_before),
     ));

@@ -7,7 +7,7 @@ use crate::exchange::{Plan, Setup};
 use crate::process::free_port;
 use crate::proxy::loopback;
 use crate::run::{Context, Test};
-use crate::scrape::{proc_field, tcp_memory_kib};
+use crate::scrape::{memory_kib, tcp_memory_kib};
 use crate::suite::slow_readers::small_socket;
 use crate::upstream::{Kind, Upstream, exchange as serve};
 use anyhow::{Context as _, Result, ensure};
@@ -15,7 +15,7 @@ use std::io::{ErrorKind, Write};
 use std::net::{TcpListener, TcpStream};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 pub fn tests(env: &Environment) -> Vec<Test> {
     let mut tests = Test::each_relay(env, "readers_that_stall_hold_no_more_than_their_caps", stalled);
@@ -85,12 +85,13 @@ fn stalled(ctx: &Context, relay: Relay) -> Result<()> {
 
 fn measure(ctx: &Context, setup: &Setup, relay: Relay, readers: u64, sent: &AtomicU64) -> Result<()> {
     let pid = setup.proxy.pid();
-    let (pss_before, tcp_before) = (proc_field(pid, "smaps_rollup", "Pss")?, tcp_memory_kib()?);
+    let ((pss_before, measure), tcp_before) = (memory_kib(pid)?, tcp_memory_kib()?);
     let offer = Offer::new(ctx, TLS13_AES_128)?;
     let connect = |_| {
         let socket = small_socket(setup.proxy.address(0), 16_384)?;
         Client::connect_on(ctx, socket, &offer)
     };
+    let started = Instant::now();
     let clients = (0..readers).map(connect).collect::<Result<Vec<_>>>().context("connect the readers")?;
     // Until nothing moves any more.
     let mut last = u64::MAX;
@@ -98,14 +99,20 @@ fn measure(ctx: &Context, setup: &Setup, relay: Relay, readers: u64, sent: &Atom
         last = sent.load(Relaxed);
         thread::sleep(Duration::from_millis(500));
     }
+    let (stalled, served) = (started.elapsed(), Instant::now());
     for listener in [1, 2] {
         setup.transfer_beside(ctx, listener, TLS13_AES_256, &Plan::new(8 << 20, 8 << 20))?;
     }
+    ctx.note(&format!(
+        "all stand still after {:.1} s; 32 MiB beside them took {:.1} s",
+        stalled.as_secs_f64(),
+        served.elapsed().as_secs_f64()
+    ));
     let metrics = setup.proxy.metrics()?;
-    let pss = proc_field(pid, "smaps_rollup", "Pss")?;
+    let pss = memory_kib(pid)?.0;
     let pipes = metrics.sum("tlsplice_pipe_bytes", &[]) >> 10;
     ctx.note(&format!(
-        "{readers} stalled readers, {} MiB taken from their upstreams: PSS {} KiB (+{}), pipes {pipes} KiB, {} denied, TCP +{} KiB",
+        "{readers} stalled readers, {} MiB taken from their upstreams: {measure} {} KiB (+{}), pipes {pipes} KiB, {} denied, TCP +{} KiB",
         last >> 20,
         pss,
         pss - pss_before.min(pss),
