@@ -83,6 +83,8 @@ pub struct Limits {
     pub connections: usize,
     /// Capacity of all pipes of the process, in bytes.
     pub pipe_memory_bytes: usize,
+    /// Bytes that may lie unsent for all clients of the process, beyond what each has of its own.
+    pub send_memory_bytes: usize,
     /// Records that one AES-GCM key may protect before it is renewed, or, where the kernel cannot, before the
     /// connection ends: at most 2^24 (RFC 8446 section 5.5), which is the default.
     pub records_per_key: u64,

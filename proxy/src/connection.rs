@@ -12,6 +12,7 @@ use crate::pipes::Share;
 use crate::relay::userspace::{Door, Stop, UserKeys, Userspace};
 use crate::relay::{Ended, Link, Spare, Worker};
 use crate::ring::Sock;
+use crate::send_room;
 use crate::session::Session;
 use crate::sys::socket;
 use crate::upstream::connect::connect;
@@ -23,9 +24,9 @@ use std::os::fd::OwnedFd;
 use std::rc::Rc;
 use std::sync::Arc;
 
-/// Bytes that may lie unsent in a socket's send queue: what a stalled reader can make the kernel hold for each
-/// connection beyond its own window. Four times less makes a fast reader wait for bytes that were ready (a third more CPU).
-const UNSENT_BYTES: usize = 1024 << 10;
+/// Bytes that may lie unsent in an upstream's send queue. Four times less makes a fast reader wait for bytes that were
+/// ready (a third more CPU).
+const UPSTREAM_UNSENT_BYTES: usize = 1 << 20;
 
 /// A client that has just been accepted.
 pub struct Accepted {
@@ -74,7 +75,7 @@ async fn establish(accepted: Accepted, worker: &Rc<Worker>) -> Option<Box<Usersp
     let limits = &snapshot.config.limits;
     let mut client = Sock::new(client);
     let _ = socket::set_nodelay(client.fd());
-    let _ = socket::set_unsent_limit(client.fd(), UNSENT_BYTES);
+    let _ = socket::set_unsent_limit(client.fd(), send_room::OWN_BYTES);
     let session = match Session::new(snapshot.tls.clone()) {
         Ok(session) => session,
         Err(e) => {
@@ -116,11 +117,11 @@ async fn establish(accepted: Accepted, worker: &Rc<Worker>) -> Option<Box<Usersp
             return None;
         }
     };
-    let _ = socket::set_unsent_limit(upstream.fd(), UNSENT_BYTES);
+    let _ = socket::set_unsent_limit(upstream.fd(), UPSTREAM_UNSENT_BYTES);
+    client.draw_on(worker.send_memory.clone(), &upstream);
     watch.forgive();
     watch.allow(limits.idle_timeout);
-    let link =
-        Link { client, upstream, watch, worker: worker.clone(), share, next_turn: None, moved_up: 0, moved_down: 0 };
+    let link = Link::new(client, upstream, watch, worker.clone(), share);
     Some(Box::new(Userspace::new(link, keys, leftover, door)))
 }
 

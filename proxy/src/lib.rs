@@ -17,6 +17,7 @@ pub mod probe;
 pub mod protect;
 pub mod relay;
 pub mod ring;
+pub mod send_room;
 pub mod session;
 pub mod sys;
 pub mod tls;

@@ -17,6 +17,7 @@ use crate::observe::counters::{Counters, End};
 use crate::pipes::Share;
 use crate::protect::{OVERHEAD_BYTES, PLAIN_BYTES, WIRE_BYTES};
 use crate::ring::{NextTurn, Sock};
+use crate::send_room::WIDE_AFTER_BYTES;
 use crate::sys::socket::{self, VECTORS};
 use crate::watch::{Verdict, Watch};
 use std::future::Future;
@@ -52,6 +53,8 @@ pub struct Link {
     /// Plaintext bytes handed on, up and down.
     pub moved_up: u64,
     pub moved_down: u64,
+    /// How much had moved down when the client last got room for more.
+    widened_at: u64,
 }
 
 /// What a worker lends to its connections.
@@ -60,6 +63,7 @@ pub struct Worker {
     pub kernel: std::sync::Arc<crate::probe::Kernel>,
     pub splice: crate::config::SpliceMode,
     pub scratch: std::cell::RefCell<Scratch>,
+    pub send_memory: Rc<crate::send_room::SendMemory>,
 }
 
 /// Buffers of the worker, borrowed within one turn and never across one.
@@ -249,10 +253,8 @@ fn send(to: &mut Sock, bytes: &[u8]) -> io::Result<usize> {
     while at < bytes.len() {
         match socket::send(to.fd(), &bytes[at..]) {
             Ok(n) => at += n,
-            Err(e) if socket::is_again(&e) => {
-                to.writable = false;
-                break;
-            }
+            Err(e) if socket::is_again(&e) && !to.is_full() => {}
+            Err(e) if socket::is_again(&e) => break,
             Err(e) => return Err(e),
         }
     }
@@ -260,6 +262,10 @@ fn send(to: &mut Sock, bytes: &[u8]) -> io::Result<usize> {
 }
 
 impl Link {
+    pub fn new(client: Sock, upstream: Sock, watch: Rc<Watch>, worker: Rc<Worker>, share: Rc<Share>) -> Self {
+        Self { client, upstream, watch, worker, share, next_turn: None, moved_up: 0, moved_down: 0, widened_at: 0 }
+    }
+
     /// Waits for the connection's next turn, begun by the first call.
     pub fn poll_next_turn(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         let turn = self.next_turn.get_or_insert_default();
@@ -281,6 +287,10 @@ impl Link {
         }
         if want.upstream_write {
             self.upstream.arm_write();
+        }
+        if self.moved_down - self.widened_at >= WIDE_AFTER_BYTES {
+            self.widened_at = self.moved_down;
+            self.client.widen();
         }
         let ready = self.client.take_up(cx) | self.upstream.take_up(cx);
         if let Some(verdict) = self.watch.verdict() {

@@ -5,6 +5,7 @@
 //! An operation in flight holds the socket open, and dropping its future cancels nothing: so a `Sock` is cancelled
 //! before it is dropped, or the descriptor outlives the connection.
 
+use crate::send_room::{Room, SendMemory, Wide};
 use crate::sys::pipe::Pipe;
 use crate::sys::socket::watch_writable;
 use io_uring::squeue::Flags;
@@ -47,6 +48,9 @@ pub struct Sock {
     pub readable: bool,
     /// A write may take something. Cleared by whoever saw EAGAIN.
     pub writable: bool,
+    /// Where more room in the send queue comes from, and what this socket has of it.
+    room: Option<Room>,
+    wide: Option<Rc<Wide>>,
 }
 
 /// How a wake-up for writing comes.
@@ -60,7 +64,42 @@ enum Writing {
 
 impl Sock {
     pub fn new(fd: OwnedFd) -> Self {
-        Self { fd: Rc::new(fd), reading: None, writing: None, half_closed: false, readable: true, writable: true }
+        Self {
+            fd: Rc::new(fd),
+            reading: None,
+            writing: None,
+            half_closed: false,
+            readable: true,
+            writable: true,
+            room: None,
+            wide: None,
+        }
+    }
+
+    /// Lets the send queue of this client, and what it receives from the upstream, grow out of a budget.
+    pub fn draw_on(&mut self, memory: Rc<SendMemory>, upstream: &Self) {
+        self.room = Some(Room::new(memory, &upstream.fd));
+    }
+
+    /// Takes up an EAGAIN of a write: true when there is room now and it is worth trying again.
+    pub fn is_full(&mut self) -> bool {
+        self.writable = self.widen();
+        !self.writable
+    }
+
+    /// True when there is more room now than there was.
+    pub fn widen(&mut self) -> bool {
+        let Some(room) = &self.room else { return false };
+        if self.is_wide() {
+            return false;
+        }
+        self.wide = room.widen(&self.fd);
+        self.wide.is_some()
+    }
+
+    /// The send queue may be long: this client has read much.
+    pub fn is_wide(&self) -> bool {
+        self.wide.as_ref().is_some_and(|wide| !wide.is_over())
     }
 
     pub fn fd(&self) -> BorrowedFd<'_> {

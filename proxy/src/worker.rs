@@ -9,6 +9,7 @@ use crate::observe::counters::Counters;
 use crate::pipes::{Pipes, Share};
 use crate::probe::Kernel;
 use crate::relay::{self, Scratch};
+use crate::send_room::SendMemory;
 use crate::watch::{Clock, TICK_MS};
 use std::cell::{Cell, RefCell};
 use std::io;
@@ -116,6 +117,7 @@ impl Core {
                 kernel,
                 splice: snapshot.config.server.splice,
                 scratch: RefCell::new(Scratch::new()),
+                send_memory: SendMemory::new(send_cap(&snapshot.config)),
             }),
             clock: Clock::new(),
             pipes,
@@ -129,6 +131,10 @@ impl Core {
         let config = &self.snapshot.borrow().config;
         pipe_cap(config) / config.listeners.len().max(1)
     }
+}
+
+fn send_cap(config: &Config) -> usize {
+    config.limits.send_memory_bytes / config.server.workers.get()
 }
 
 fn pipe_cap(config: &Config) -> usize {
@@ -163,6 +169,7 @@ async fn tick(core: Rc<Core>) {
     loop {
         interval.tick().await;
         core.clock.tick();
+        core.relay.send_memory.tick();
     }
 }
 
@@ -179,6 +186,7 @@ fn start(core: &Rc<Core>, listeners: &mut Vec<(SocketAddr, Rc<Listening>)>, open
 fn reload(core: &Rc<Core>, listeners: &mut Vec<(SocketAddr, Rc<Listening>)>, open: Vec<Bound>) {
     let config = core.snapshot.borrow().config.clone();
     core.pipes.set_cap(pipe_cap(&config));
+    core.relay.send_memory.set_cap(send_cap(&config));
     listeners.retain(|(address, listening)| {
         let kept = config.listeners.iter().find(|l| l.address == *address);
         match kept {

@@ -33,6 +33,9 @@ const GUESTS_AT_ONCE: usize = 2;
 const ENFORCED_GUESTS: &[&str] = &[];
 /// Memory of a guest: the largest test holds a thousand connections whose buffers are full.
 const GUEST_MEMORY_MIB: u32 = 3072;
+/// Memory of user-mode Linux. A sixteenth of it is where the kernel calls TCP's buffers too much (net.ipv4.tcp_mem), and
+/// there the tests' clients and upstreams have theirs too.
+const UML_MEMORY: &str = "6G";
 
 /// Run all tests: on this host, in user-mode Linux, in guests.
 #[derive(Args, Clone, Debug)]
@@ -207,7 +210,7 @@ fn in_user_mode(linux: PathBuf, binaries: &Binaries, arguments: &[OsString], wor
     env.extend(suite::environment("uml", Offload::Require, &binaries.tlsplice, &work.folder("uml")?));
     let mut command = vec![binaries.suite.clone().into_os_string()];
     command.extend_from_slice(arguments);
-    let machine = uml::Machine { linux, mem: "4G".into(), cpu: "auto".into() };
+    let machine = uml::Machine { linux, mem: UML_MEMORY.into(), cpu: "auto".into() };
     let exit = match machine.watch(env, command, RUN_LIMIT, |line| listener.take(line)) {
         Ok(Some(status)) => Exit::Status(status),
         Ok(None) => Exit::Trouble(format!("it was not done after {} s", RUN_LIMIT.as_secs())),

@@ -31,7 +31,9 @@ const CONNECTIONS: u64 = 100_000;
 /// Each connection is two descriptors, and a process has at most 2^20 of them by Linux' own default (fs.nr_open).
 const CONNECTIONS_MAX: u64 = 10_000_000;
 const PIPE_MEMORY_BYTES: u64 = 64 << 20;
-const PIPE_MEMORY_MAX_BYTES: u64 = 1 << 40;
+const MEMORY_MAX_BYTES: u64 = 1 << 40;
+/// Half of where the kernel's pressure begins on a host of 4 GiB (net.ipv4.tcp_mem, a sixteenth of its memory).
+const SEND_MEMORY_BYTES: u64 = 128 << 20;
 /// RFC 8446 section 5.5 allows 2^24.5 full records under one AES-GCM key; rustls renews at 2^24, and so do we.
 const RECORDS_PER_KEY_MAX: u64 = 1 << 24;
 /// A handshake or a connect that takes longer only holds a slot.
@@ -188,7 +190,9 @@ fn read_limits(mut section: Section<'_>, problems: &mut Problems<'_>) -> Limits 
     let idle_timeout = section.take_or(problems, "idle_timeout", IDLE_TIMEOUT, |v| value::duration(v, IDLE_TIMEOUTS));
     let connections = section.take_or(problems, "connections", CONNECTIONS, |v| value::whole(v, 1..=CONNECTIONS_MAX));
     let pipe_memory_bytes =
-        section.take_or(problems, "pipe_memory", PIPE_MEMORY_BYTES, |v| value::size(v, 0..=PIPE_MEMORY_MAX_BYTES));
+        section.take_or(problems, "pipe_memory", PIPE_MEMORY_BYTES, |v| value::size(v, 0..=MEMORY_MAX_BYTES));
+    let send_memory_bytes =
+        section.take_or(problems, "send_memory", SEND_MEMORY_BYTES, |v| value::size(v, 0..=MEMORY_MAX_BYTES));
     let records_per_key =
         section.take_or(problems, "records_per_key", RECORDS_PER_KEY_MAX, |v| value::whole(v, 1..=RECORDS_PER_KEY_MAX));
     section.finish(problems);
@@ -196,9 +200,10 @@ fn read_limits(mut section: Section<'_>, problems: &mut Problems<'_>) -> Limits 
         handshake_timeout,
         connect_timeout,
         idle_timeout,
-        // Both fit: this program is for 64-bit Linux, and the ranges above end far below.
+        // All fit: this program is for 64-bit Linux, and the ranges above end far below.
         connections: usize::try_from(connections).unwrap_or(usize::MAX),
         pipe_memory_bytes: usize::try_from(pipe_memory_bytes).unwrap_or(usize::MAX),
+        send_memory_bytes: usize::try_from(send_memory_bytes).unwrap_or(usize::MAX),
         records_per_key,
     }
 }

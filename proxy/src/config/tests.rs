@@ -51,6 +51,7 @@ fn the_least_file_has_every_default_of_the_contract() {
     assert_eq!(config.limits.connect_timeout, Duration::from_secs(5));
     assert_eq!(config.limits.idle_timeout, Duration::from_secs(3600));
     assert_eq!((config.limits.connections, config.limits.pipe_memory_bytes), (100_000, 64 << 20));
+    assert_eq!(config.limits.send_memory_bytes, 128 << 20);
     assert_eq!(config.limits.records_per_key, 1 << 24);
     assert_eq!((config.log.format, config.log.level), (LogFormat::Json, tracing::Level::INFO));
     let listener = &config.listeners[0];
@@ -278,7 +279,7 @@ proptest! {
         key in prop::sample::select(vec![
             ("server", "workers"), ("server", "admin"), ("server", "drain_timeout"), ("server", "user"),
             ("tls", "suites"), ("tls", "groups"), ("tls", "alpn"), ("limits", "connections"),
-            ("limits", "pipe_memory"), ("limits", "records_per_key"), ("[listener]", "offload_after"),
+            ("limits", "pipe_memory"), ("limits", "send_memory"), ("limits", "records_per_key"), ("[listener]", "offload_after"),
         ]),
         value in prop_oneof!["-?[0-9_]{1,30}", "\"\\PC{0,30}\"", "\\[\"\\PC{0,9}\"\\]", "0[xob][0-9a-f]{1,20}", "[0-9]{1,5}\\.[0-9]{1,5}"],
     ) {

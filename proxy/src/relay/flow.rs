@@ -137,7 +137,10 @@ impl Flow {
                     note(n);
                 }
                 Poll::Ready(Err(e)) if socket::is_again(&e) => {
-                    let was_linked = !std::mem::replace(&mut sink.writable, false);
+                    let was_linked = !sink.writable;
+                    if !sink.is_full() {
+                        continue;
+                    }
                     self.distrusts_link = was_linked;
                     if was_linked || self.splicer == Splicer::Inline {
                         return Ok(Drained::Blocked);

@@ -417,7 +417,9 @@ impl Kernel {
     fn copy_down(&mut self) -> io::Result<usize> {
         let worker = self.link.worker.clone();
         let mut scratch = worker.scratch.borrow_mut();
-        let n = socket::recv(self.link.upstream.fd(), &mut scratch.received[..COPY_BYTES])?;
+        // What the client does not take is kept: little, until it has shown that it reads.
+        let max = if self.link.client.is_wide() { COPY_BYTES } else { PLAIN_BYTES };
+        let n = socket::recv(self.link.upstream.fd(), &mut scratch.received[..max])?;
         self.down_flow.copy(&scratch.received[..n]);
         worker.counters.down_copied.add(n as u64);
         self.keys.sealed(n);

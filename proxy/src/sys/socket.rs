@@ -115,6 +115,26 @@ pub fn unacknowledged(socket: BorrowedFd<'_>) -> io::Result<usize> {
     ioctl_int(socket, libc::TIOCOUTQ)
 }
 
+/// Bytes in the send queue that were never sent (SIOCOUTQNSD, linux/sockios.h).
+pub fn unsent(socket: BorrowedFd<'_>) -> io::Result<usize> {
+    const SIOCOUTQNSD: libc::c_ulong = 0x894b;
+    ioctl_int(socket, SIOCOUTQNSD)
+}
+
+/// Bytes that the peer has acknowledged since the connection began (tcpi_bytes_acked of TCP_INFO).
+pub fn acknowledged_bytes(socket: BorrowedFd<'_>) -> io::Result<u64> {
+    /// Where it lies in struct tcp_info (linux/tcp.h), in words of 8 bytes; the C library's structure ends before.
+    const BYTES_ACKED: usize = 120 / size_of::<u64>();
+    let mut info = [0u64; BYTES_ACKED + 1];
+    let mut len = size_of_val(&info) as libc::socklen_t;
+    // SAFETY: `info` and `len` outlive the call and `len` is the size of `info`, of which the kernel fills what fits.
+    let r = unsafe {
+        libc::getsockopt(socket.as_raw_fd(), libc::IPPROTO_TCP, libc::TCP_INFO, info.as_mut_ptr().cast(), &mut len)
+    };
+    cvt(r)?;
+    Ok(info[BYTES_ACKED])
+}
+
 /// Bytes in the receive queue (FIONREAD).
 pub fn readable_bytes(socket: BorrowedFd<'_>) -> io::Result<usize> {
     ioctl_int(socket, libc::FIONREAD)
@@ -122,7 +142,7 @@ pub fn readable_bytes(socket: BorrowedFd<'_>) -> io::Result<usize> {
 
 fn ioctl_int(socket: BorrowedFd<'_>, request: libc::c_ulong) -> io::Result<usize> {
     let mut value: libc::c_int = 0;
-    // SAFETY: both requests write one int (tcp(7)), and `value` outlives the call.
+    // SAFETY: these requests write one int (tcp(7)), and `value` outlives the call.
     cvt(unsafe { libc::ioctl(socket.as_raw_fd(), request as _, &mut value) })?;
     Ok(usize::try_from(value).unwrap_or(0))
 }
@@ -141,6 +161,13 @@ pub fn set_receive_low_water(socket: BorrowedFd<'_>, bytes: usize) -> io::Result
 /// TCP_NOTSENT_LOWAT: caps what lies unsent in the send queue, so that a stalled reader holds no more.
 pub fn set_unsent_limit(socket: BorrowedFd<'_>, bytes: usize) -> io::Result<()> {
     set_int(socket, libc::IPPROTO_TCP, libc::TCP_NOTSENT_LOWAT, i32::try_from(bytes).unwrap_or(i32::MAX))
+}
+
+/// Whether the kernel adapts the receive buffer to what is read (SO_BUF_LOCK, Linux 5.14); without, it stays as it is.
+pub fn set_receive_autotuning(socket: BorrowedFd<'_>, on: bool) -> io::Result<()> {
+    const SO_BUF_LOCK: i32 = 72;
+    const SOCK_RCVBUF_LOCK: i32 = 2;
+    set_int(socket, libc::SOL_SOCKET, SO_BUF_LOCK, if on { 0 } else { SOCK_RCVBUF_LOCK })
 }
 
 pub fn set_nodelay(socket: BorrowedFd<'_>) -> io::Result<()> {

@@ -1,0 +1,181 @@
+//! What a reader may make the kernel hold: a little for each client, more for those that take it, out of one budget.
+//!
+//!   the client has taken much ─▶ widen ─▶ both queues long, until the tick finds the client's short again
+//!
+//! A fast reader needs about a megabyte ready in its queue, or it waits for bytes that were there (a third more CPU on
+//! bulk), and the upstream's receive buffer grows with it. A thousand that read nothing would hold gigabytes so, and past
+//! `net.ipv4.tcp_mem` the kernel slows every connection of the host. So each has `OWN_BYTES` in the client's send queue
+//! and the kernel's first receive buffer at the upstream; what is beyond has to be earned by reading, and comes out of
+//! `limits.send_memory`.
+
+use crate::sys::socket;
+use std::cell::{Cell, RefCell};
+use std::os::fd::{AsFd, OwnedFd};
+use std::rc::{Rc, Weak};
+
+/// Bytes that may lie unsent in the send queue of any client.
+pub const OWN_BYTES: usize = 32 << 10;
+/// The same for a client that reads, while the budget lasts.
+const WIDE_BYTES: usize = 1 << 20;
+/// Bytes that a client has to acknowledge before, and after which a direction looks whether it has.
+pub const WIDE_AFTER_BYTES: u64 = 256 << 10;
+
+/// One worker's budget.
+pub struct SendMemory {
+    cap_bytes: Cell<usize>,
+    taken_bytes: Cell<usize>,
+    wide: RefCell<Vec<Weak<Wide>>>,
+}
+
+/// Where one client's room comes from, and whose bytes it is for.
+pub struct Room {
+    memory: Rc<SendMemory>,
+    upstream: Weak<OwnedFd>,
+}
+
+/// Queues that may be long, until the client's was found short.
+pub struct Wide {
+    memory: Rc<SendMemory>,
+    client: Weak<OwnedFd>,
+    upstream: Weak<OwnedFd>,
+    over: Cell<bool>,
+}
+
+impl SendMemory {
+    pub fn new(cap_bytes: usize) -> Rc<Self> {
+        Rc::new(Self { cap_bytes: Cell::new(cap_bytes), taken_bytes: Cell::new(0), wide: RefCell::default() })
+    }
+
+    pub fn set_cap(&self, bytes: usize) {
+        self.cap_bytes.set(bytes);
+    }
+
+    /// Takes back what short queues do not need.
+    pub fn tick(&self) {
+        self.wide.borrow_mut().retain(|wide| wide.upgrade().is_some_and(|wide| !wide.narrow()));
+    }
+}
+
+impl Room {
+    /// The upstream's receive buffer stays as it is until the client takes more.
+    pub fn new(memory: Rc<SendMemory>, upstream: &Rc<OwnedFd>) -> Self {
+        let _ = socket::set_receive_autotuning(upstream.as_fd(), false);
+        Self { memory, upstream: Rc::downgrade(upstream) }
+    }
+
+    /// Lets the queues become longer. `None`: the client has not read enough for that, or the budget is used up.
+    pub fn widen(&self, client: &Rc<OwnedFd>) -> Option<Rc<Wide>> {
+        let memory = &self.memory;
+        let taken = memory.taken_bytes.get() + WIDE_BYTES;
+        if taken > memory.cap_bytes.get()
+            || socket::acknowledged_bytes(client.as_fd()).is_ok_and(|bytes| bytes < WIDE_AFTER_BYTES)
+            || socket::set_unsent_limit(client.as_fd(), WIDE_BYTES).is_err()
+        {
+            return None;
+        }
+        if let Some(upstream) = self.upstream.upgrade() {
+            let _ = socket::set_receive_autotuning(upstream.as_fd(), true);
+        }
+        memory.taken_bytes.set(taken);
+        let (client, upstream) = (Rc::downgrade(client), self.upstream.clone());
+        let wide = Rc::new(Wide { memory: memory.clone(), client, upstream, over: Cell::new(false) });
+        memory.wide.borrow_mut().push(Rc::downgrade(&wide));
+        Some(wide)
+    }
+}
+
+impl Wide {
+    pub fn is_over(&self) -> bool {
+        self.over.get()
+    }
+
+    /// True when both are as they were.
+    fn narrow(&self) -> bool {
+        let Some(client) = self.client.upgrade() else { return true };
+        let short = socket::unsent(client.as_fd()).is_ok_and(|bytes| bytes < OWN_BYTES);
+        if short && socket::set_unsent_limit(client.as_fd(), OWN_BYTES).is_ok() {
+            if let Some(upstream) = self.upstream.upgrade() {
+                let _ = socket::set_receive_autotuning(upstream.as_fd(), false);
+            }
+            self.give_back();
+        }
+        self.over.get()
+    }
+
+    fn give_back(&self) {
+        if !self.over.replace(true) {
+            self.memory.taken_bytes.set(self.memory.taken_bytes.get() - WIDE_BYTES);
+        }
+    }
+}
+
+impl Drop for Wide {
+    fn drop(&mut self) {
+        self.give_back();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::{Read, Write};
+    use std::net::{TcpListener, TcpStream};
+
+    fn pair() -> (TcpStream, TcpStream) {
+        let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
+        let client = TcpStream::connect(listener.local_addr().expect("bound")).expect("connects");
+        (listener.accept().expect("accepts").0, client)
+    }
+
+    /// A sender and its reader, who has taken this much.
+    fn reading(bytes: u64) -> (Rc<OwnedFd>, TcpStream) {
+        let (mut sender, mut reader) = pair();
+        let mut into = vec![0; 1 << 16];
+        for _ in 0..bytes.div_ceil(1 << 16) {
+            sender.write_all(&into).expect("room for one chunk");
+            reader.read_exact(&mut into).expect("the chunk");
+        }
+        sender.set_nonblocking(true).expect("a socket");
+        (Rc::new(OwnedFd::from(sender)), reader)
+    }
+
+    #[test]
+    fn a_client_that_has_read_nothing_gets_nothing() {
+        let memory = SendMemory::new(WIDE_BYTES);
+        let (upstream, _server) = pair();
+        let room = Room::new(memory, &Rc::new(OwnedFd::from(upstream)));
+        let (client, _reader) = reading(0);
+        assert!(room.widen(&client).is_none());
+    }
+
+    #[test]
+    fn the_budget_ends_and_comes_back_with_the_socket_or_by_the_tick() {
+        let memory = SendMemory::new(2 * WIDE_BYTES);
+        let (upstream, _server) = pair();
+        let room = Room::new(memory.clone(), &Rc::new(OwnedFd::from(upstream)));
+        let (full, mut reader) = reading(2 * WIDE_AFTER_BYTES);
+        let first = room.widen(&full).expect("room for one");
+        let (other, _peer) = reading(2 * WIDE_AFTER_BYTES);
+        let second = room.widen(&other).expect("room for two");
+        assert!(room.widen(&other).is_none(), "and no third");
+        drop((second, other));
+        assert_eq!(memory.taken_bytes.get(), WIDE_BYTES);
+
+        let mut sender = TcpStream::from(full.try_clone().expect("a descriptor"));
+        let chunk = [0; 1 << 16];
+        while sender.write(&chunk).is_ok() {}
+        memory.tick();
+        assert!(!first.is_over(), "a long queue stays wide");
+
+        reader.set_nonblocking(true).expect("a socket");
+        let mut into = vec![0; 1 << 20];
+        while socket::unsent(full.as_fd()).expect("a socket") >= OWN_BYTES {
+            let _ = reader.read(&mut into);
+        }
+        memory.tick();
+        assert!(first.is_over());
+        assert_eq!((memory.taken_bytes.get(), memory.wide.borrow().len()), (0, 0));
+        drop(first);
+        assert_eq!(memory.taken_bytes.get(), 0, "given back once");
+    }
+}
