@@ -187,7 +187,7 @@ fn admit(client: OwnedFd, peer: SocketAddr, listening: &Listening, core: &Rc<Cor
         return;
     };
     counters.accepted.add(1);
-    let accepted = Accepted {
+    let accepted = Box::new(Accepted {
         client,
         peer,
         listener: listening.listener.borrow().clone(),
@@ -195,16 +195,13 @@ fn admit(client: OwnedFd, peer: SocketAddr, listening: &Listening, core: &Rc<Cor
         turn: listening.turn.clone(),
         watch: core.clock.watch(snapshot.config.limits.handshake_timeout),
         snapshot,
-    };
-    let relay = core.relay.clone();
-    tokio_uring::spawn(async move {
-        serve(accepted, relay).await;
-        drop(place);
     });
+    let relay = core.relay.clone();
+    tokio_uring::spawn(serve(accepted, place, relay));
 }
 
 /// One connection's place under `limits.connections`, given back when dropped.
-struct Place(Rc<Core>);
+pub struct Place(Rc<Core>);
 
 impl Place {
     fn take(core: Rc<Core>, limit: usize) -> Option<Self> {

@@ -3,6 +3,7 @@
 //!   Accepted ─▶ handshake ─▶ connect ─▶ userspace relay ─▶ the door ─▶ kernel relay ─▶ close
 //!                                            └──────── declined ────────────▲
 
+use crate::accept::Place;
 use crate::close;
 use crate::config::Listener;
 use crate::handshake::{Handshaken, handshake};
@@ -19,8 +20,10 @@ use crate::upstream::connect::connect;
 use crate::watch::Watch;
 use crate::worker::Snapshot;
 use std::cell::Cell;
+use std::future::Future;
 use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
+use std::pin::Pin;
 use std::rc::Rc;
 use std::sync::Arc;
 
@@ -39,39 +42,48 @@ pub struct Accepted {
     pub watch: Rc<Watch>,
 }
 
-/// The spine. Each stage is boxed, so that what waits holds only the stage it is in.
-pub async fn serve(accepted: Accepted, worker: Rc<Worker>) {
+/// The spine. What waits holds only the stage it is in: each is boxed, and moves into the next without an await.
+/// `_place` counts the connection until it is closed.
+pub async fn serve(accepted: Box<Accepted>, _place: Place, worker: Rc<Worker>) {
     let peer = accepted.peer;
     let Some(mut relay) = Box::pin(establish(accepted, &worker)).await else { return };
 
-    let (link, ended, pending) = match relay.run().await {
-        Stop::Over(ended) => (relay.link, ended, relay.to_client),
-        Stop::AtDoor => match through_the_door(*relay) {
-            Offloaded::Kernel(kernel) => {
-                let mut kernel = Box::new(kernel);
+    let (ended, closing) = match relay.run().await {
+        Stop::Over(ended) => (ended, closing(relay, ended)),
+        Stop::AtDoor => match through_the_door(relay) {
+            Offloaded::Kernel(mut kernel) => {
                 let ended = kernel.run().await;
-                (kernel.link, ended, Spare::default())
+                (ended, Box::pin(close::close(kernel.link, ended, Spare::default())) as Closing)
             }
-            Offloaded::Declined(declined, why) => {
+            Offloaded::Declined(mut relay, why) => {
                 worker.counters.declined(why);
-                let mut relay = Box::new(declined);
                 let ended = match relay.run().await {
                     Stop::Over(ended) => ended,
                     Stop::AtDoor => Ended::abort(End::Internal),
                 };
-                (relay.link, ended, relay.to_client)
+                (ended, closing(relay, ended))
             }
-            Offloaded::Failed(link, ended) => (link, ended, Spare::default()),
+            Offloaded::Failed(link, ended) => {
+                (ended, Box::pin(close::close(*link, ended, Spare::default())) as Closing)
+            }
         },
     };
 
     report(peer, &worker, ended.how, "relay", "");
-    Box::pin(close::close(link, ended, pending)).await;
+    closing.await;
+}
+
+/// The last stage, ready to go.
+type Closing = Pin<Box<dyn Future<Output = ()>>>;
+
+fn closing(relay: Box<Userspace>, ended: Ended) -> Closing {
+    let Userspace { link, to_client, .. } = *relay;
+    Box::pin(close::close(link, ended, to_client))
 }
 
 /// Handshake and connect. `None`: the connection has ended there.
-async fn establish(accepted: Accepted, worker: &Rc<Worker>) -> Option<Box<Userspace>> {
-    let Accepted { client, peer, listener, share, turn, snapshot, watch } = accepted;
+async fn establish(accepted: Box<Accepted>, worker: &Rc<Worker>) -> Option<Box<Userspace>> {
+    let Accepted { client, peer, listener, share, turn, snapshot, watch } = *accepted;
     let limits = &snapshot.config.limits;
     let mut client = Sock::new(client);
     let _ = socket::set_nodelay(client.fd());

@@ -53,14 +53,14 @@ pub fn is_immediate(listener: &Listener, kernel: &probe::Kernel) -> bool {
 
 /// What came of an attempt. The relay that stays has its door shut.
 pub enum Offloaded {
-    Kernel(Kernel),
-    Declined(Userspace, Decline),
+    Kernel(Box<Kernel>),
+    Declined(Box<Userspace>, Decline),
     /// Below the door something failed that should not have.
-    Failed(Link, Ended),
+    Failed(Box<Link>, Ended),
 }
 
 /// Takes a relay that stands at the door through it.
-pub fn through_the_door(mut relay: Userspace) -> Offloaded {
+pub fn through_the_door(mut relay: Box<Userspace>) -> Offloaded {
     relay.door = Door::Shut;
     if relay.rekeyed && !relay.link.worker.kernel.rekey {
         // A client that has changed its keys once does so again, and this kernel could not follow.
@@ -69,15 +69,15 @@ pub fn through_the_door(mut relay: Userspace) -> Offloaded {
     if ktls::attach(relay.link.client.fd()).is_err() {
         return Offloaded::Declined(relay, Decline::Socket);
     }
-    let Userspace { link, keys, to_upstream, up, down, .. } = relay;
+    let Userspace { link, keys, to_upstream, up, down, .. } = *relay;
     match keys.into_kernel(link.client.fd()) {
         Ok(keys) => {
             link.worker.counters.offloaded.add(1);
-            Offloaded::Kernel(Kernel::new(link, keys, to_upstream, up, down))
+            Offloaded::Kernel(Box::new(Kernel::new(link, keys, to_upstream, up, down)))
         }
         Err((direction, e)) => {
             tracing::error!(stage = "offload", reason = %e, ?direction, "installing keys failed below the door");
-            Offloaded::Failed(link, Ended::abort(End::Internal))
+            Offloaded::Failed(Box::new(link), Ended::abort(End::Internal))
         }
     }
 }

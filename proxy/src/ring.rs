@@ -5,7 +5,7 @@
 //! An operation in flight holds the socket open, and dropping its future cancels nothing: so a `Sock` is cancelled
 //! before it is dropped, or the descriptor outlives the connection.
 
-use crate::send_room::{Room, SendMemory, Wide};
+use crate::send_room::{Room, SendMemory};
 use crate::sys::pipe::Pipe;
 use crate::sys::socket::watch_writable;
 use io_uring::squeue::Flags;
@@ -48,9 +48,8 @@ pub struct Sock {
     pub readable: bool,
     /// A write may take something. Cleared by whoever saw EAGAIN.
     pub writable: bool,
-    /// Where more room in the send queue comes from, and what this socket has of it.
-    room: Option<Room>,
-    wide: Option<Rc<Wide>>,
+    /// A client's: where more room in the send queue comes from, and what it has of it.
+    room: Option<Box<Room>>,
 }
 
 /// How a wake-up for writing comes.
@@ -72,13 +71,12 @@ impl Sock {
             readable: true,
             writable: true,
             room: None,
-            wide: None,
         }
     }
 
     /// Lets the send queue of this client, and what it receives from the upstream, grow out of a budget.
     pub fn draw_on(&mut self, memory: Rc<SendMemory>, upstream: &Self) {
-        self.room = Some(Room::new(memory, &upstream.fd));
+        self.room = Some(Box::new(Room::new(memory, &upstream.fd)));
     }
 
     /// Takes up an EAGAIN of a write: true when there is room now and it is worth trying again.
@@ -89,17 +87,12 @@ impl Sock {
 
     /// True when there is more room now than there was.
     pub fn widen(&mut self) -> bool {
-        let Some(room) = &self.room else { return false };
-        if self.is_wide() {
-            return false;
-        }
-        self.wide = room.widen(&self.fd);
-        self.wide.is_some()
+        self.room.as_mut().is_some_and(|room| room.widen(&self.fd))
     }
 
     /// The send queue may be long: this client has read much.
     pub fn is_wide(&self) -> bool {
-        self.wide.as_ref().is_some_and(|wide| !wide.is_over())
+        self.room.as_ref().is_some_and(|room| room.is_wide())
     }
 
     pub fn fd(&self) -> BorrowedFd<'_> {

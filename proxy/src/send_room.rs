@@ -31,10 +31,11 @@ pub struct SendMemory {
 pub struct Room {
     memory: Rc<SendMemory>,
     upstream: Weak<OwnedFd>,
+    wide: Option<Rc<Wide>>,
 }
 
 /// Queues that may be long, until the client's was found short.
-pub struct Wide {
+struct Wide {
     memory: Rc<SendMemory>,
     client: Weak<OwnedFd>,
     upstream: Weak<OwnedFd>,
@@ -60,18 +61,27 @@ impl Room {
     /// The upstream's receive buffer stays as it is until the client takes more.
     pub fn new(memory: Rc<SendMemory>, upstream: &Rc<OwnedFd>) -> Self {
         let _ = socket::set_receive_autotuning(upstream.as_fd(), false);
-        Self { memory, upstream: Rc::downgrade(upstream) }
+        Self { memory, upstream: Rc::downgrade(upstream), wide: None }
     }
 
-    /// Lets the queues become longer. `None`: the client has not read enough for that, or the budget is used up.
-    pub fn widen(&self, client: &Rc<OwnedFd>) -> Option<Rc<Wide>> {
+    /// The queues may be long.
+    pub fn is_wide(&self) -> bool {
+        self.wide.as_ref().is_some_and(|wide| !wide.over.get())
+    }
+
+    /// Lets the queues become longer, and tells whether they did. No: they are already, the client has not read enough
+    /// for that, or the budget is used up.
+    pub fn widen(&mut self, client: &Rc<OwnedFd>) -> bool {
+        if self.is_wide() {
+            return false;
+        }
         let memory = &self.memory;
         let taken = memory.taken_bytes.get() + WIDE_BYTES;
         if taken > memory.cap_bytes.get()
             || socket::acknowledged_bytes(client.as_fd()).is_ok_and(|bytes| bytes < WIDE_AFTER_BYTES)
             || socket::set_unsent_limit(client.as_fd(), WIDE_BYTES).is_err()
         {
-            return None;
+            return false;
         }
         if let Some(upstream) = self.upstream.upgrade() {
             let _ = socket::set_receive_autotuning(upstream.as_fd(), true);
@@ -80,15 +90,12 @@ impl Room {
         let (client, upstream) = (Rc::downgrade(client), self.upstream.clone());
         let wide = Rc::new(Wide { memory: memory.clone(), client, upstream, over: Cell::new(false) });
         memory.wide.borrow_mut().push(Rc::downgrade(&wide));
-        Some(wide)
+        self.wide = Some(wide);
+        true
     }
 }
 
 impl Wide {
-    pub fn is_over(&self) -> bool {
-        self.over.get()
-    }
-
     /// True when both are as they were.
     fn narrow(&self) -> bool {
         let Some(client) = self.client.upgrade() else { return true };
@@ -143,29 +150,31 @@ mod tests {
     fn a_client_that_has_read_nothing_gets_nothing() {
         let memory = SendMemory::new(WIDE_BYTES);
         let (upstream, _server) = pair();
-        let room = Room::new(memory, &Rc::new(OwnedFd::from(upstream)));
+        let mut room = Room::new(memory, &Rc::new(OwnedFd::from(upstream)));
         let (client, _reader) = reading(0);
-        assert!(room.widen(&client).is_none());
+        assert!(!room.widen(&client));
     }
 
     #[test]
     fn the_budget_ends_and_comes_back_with_the_socket_or_by_the_tick() {
         let memory = SendMemory::new(2 * WIDE_BYTES);
         let (upstream, _server) = pair();
-        let room = Room::new(memory.clone(), &Rc::new(OwnedFd::from(upstream)));
+        let upstream = Rc::new(OwnedFd::from(upstream));
+        let [mut first, mut second, mut third] = [(); 3].map(|()| Room::new(memory.clone(), &upstream));
         let (full, mut reader) = reading(2 * WIDE_AFTER_BYTES);
-        let first = room.widen(&full).expect("room for one");
         let (other, _peer) = reading(2 * WIDE_AFTER_BYTES);
-        let second = room.widen(&other).expect("room for two");
-        assert!(room.widen(&other).is_none(), "and no third");
-        drop((second, other));
+        assert!(first.widen(&full), "room for one");
+        assert!(!first.widen(&full), "once");
+        assert!(second.widen(&other), "room for two");
+        assert!(!third.widen(&other), "and no third");
+        drop(second);
         assert_eq!(memory.taken_bytes.get(), WIDE_BYTES);
 
         let mut sender = TcpStream::from(full.try_clone().expect("a descriptor"));
         let chunk = [0; 1 << 16];
         while sender.write(&chunk).is_ok() {}
         memory.tick();
-        assert!(!first.is_over(), "a long queue stays wide");
+        assert!(first.is_wide(), "a long queue stays wide");
 
         reader.set_nonblocking(true).expect("a socket");
         let mut into = vec![0; 1 << 20];
@@ -173,7 +182,7 @@ mod tests {
             let _ = reader.read(&mut into);
         }
         memory.tick();
-        assert!(first.is_over());
+        assert!(!first.is_wide());
         assert_eq!((memory.taken_bytes.get(), memory.wide.borrow().len()), (0, 0));
         drop(first);
         assert_eq!(memory.taken_bytes.get(), 0, "given back once");

@@ -28,7 +28,7 @@ pub struct Watch {
     verdict: Cell<Option<Verdict>>,
     waker: RefCell<Option<Waker>>,
     /// Where the clock keeps it.
-    slot: Cell<usize>,
+    slot: Cell<u32>,
 }
 
 impl Watch {
@@ -80,7 +80,7 @@ impl Watch {
 
 impl Drop for Watch {
     fn drop(&mut self) {
-        self.clock.remove(self.slot.get());
+        self.clock.remove(self.slot.get() as usize);
     }
 }
 
@@ -126,7 +126,8 @@ impl Clock {
             }
         };
         slots.watches[slot] = Some(Rc::downgrade(&watch));
-        watch.slot.set(slot);
+        // Far more connections than descriptors.
+        watch.slot.set(u32::try_from(slot).expect("fewer than 2^32 connections"));
         watch.allow(time);
         watch
     }
