@@ -13,7 +13,6 @@ use crate::pipes::Share;
 use crate::relay::userspace::{Door, Stop, UserKeys, Userspace};
 use crate::relay::{Ended, Link, Spare, Worker};
 use crate::ring::Sock;
-use crate::send_room;
 use crate::session::Session;
 use crate::sys::socket;
 use crate::upstream::connect::connect;
@@ -87,7 +86,6 @@ async fn establish(accepted: Box<Accepted>, worker: &Rc<Worker>) -> Option<Box<U
     let limits = &snapshot.config.limits;
     let mut client = Sock::new(client);
     let _ = socket::set_nodelay(client.fd());
-    let _ = socket::set_unsent_limit(client.fd(), send_room::OWN_BYTES);
     let session = match Session::new(snapshot.tls.clone()) {
         Ok(session) => session,
         Err(e) => {

@@ -13,8 +13,12 @@ use std::cell::{Cell, RefCell};
 use std::os::fd::{AsFd, OwnedFd};
 use std::rc::{Rc, Weak};
 
-/// Bytes that may lie unsent in the send queue of any client.
-pub const OWN_BYTES: usize = 32 << 10;
+/// Bytes that may lie unsent in the send queue of any client, and as many packets if those are more.
+const OWN_BYTES: usize = 32 << 10;
+/// A splice marks all but its last record with MSG_MORE, and the kernel keeps less than a segment of such data back. The
+/// socket is writable below half of the limit (tcp_stream_memory_free in net/ipv4/tcp.c), so the half has to be more than
+/// a segment, or nothing moves any more. A packet is a segment and its headers; only those of loopback have 64 KiB.
+const OWN_PACKETS: usize = 2;
 /// The same for a client that reads, while the budget lasts.
 const WIDE_BYTES: usize = 1 << 20;
 /// Bytes that a client has to acknowledge before, and after which a direction looks whether it has.
@@ -30,6 +34,7 @@ pub struct SendMemory {
 /// Where one client's room comes from, and whose bytes it is for.
 pub struct Room {
     memory: Rc<SendMemory>,
+    own_bytes: usize,
     upstream: Weak<OwnedFd>,
     wide: Option<Rc<Wide>>,
 }
@@ -37,6 +42,7 @@ pub struct Room {
 /// Queues that may be long, until the client's was found short.
 struct Wide {
     memory: Rc<SendMemory>,
+    own_bytes: usize,
     client: Weak<OwnedFd>,
     upstream: Weak<OwnedFd>,
     over: Cell<bool>,
@@ -58,10 +64,13 @@ impl SendMemory {
 }
 
 impl Room {
-    /// The upstream's receive buffer stays as it is until the client takes more.
-    pub fn new(memory: Rc<SendMemory>, upstream: &Rc<OwnedFd>) -> Self {
+    /// The client gets its own, and the upstream's receive buffer stays as it is until the client takes more.
+    pub fn new(memory: Rc<SendMemory>, client: &Rc<OwnedFd>, upstream: &Rc<OwnedFd>) -> Self {
+        let packet = socket::path_mtu_bytes(client.as_fd()).unwrap_or(0);
+        let own_bytes = OWN_BYTES.max(packet * OWN_PACKETS);
+        let _ = socket::set_unsent_limit(client.as_fd(), own_bytes);
         let _ = socket::set_receive_autotuning(upstream.as_fd(), false);
-        Self { memory, upstream: Rc::downgrade(upstream), wide: None }
+        Self { memory, own_bytes, upstream: Rc::downgrade(upstream), wide: None }
     }
 
     /// The queues may be long.
@@ -88,8 +97,9 @@ impl Room {
         }
         memory.taken_bytes.set(taken);
         let (client, upstream) = (Rc::downgrade(client), self.upstream.clone());
-        let wide = Rc::new(Wide { memory: memory.clone(), client, upstream, over: Cell::new(false) });
-        memory.wide.borrow_mut().push(Rc::downgrade(&wide));
+        let (memory, own_bytes) = (memory.clone(), self.own_bytes);
+        let wide = Rc::new(Wide { memory, own_bytes, client, upstream, over: Cell::new(false) });
+        self.memory.wide.borrow_mut().push(Rc::downgrade(&wide));
         self.wide = Some(wide);
         true
     }
@@ -99,8 +109,8 @@ impl Wide {
     /// True when both are as they were.
     fn narrow(&self) -> bool {
         let Some(client) = self.client.upgrade() else { return true };
-        let short = socket::unsent(client.as_fd()).is_ok_and(|bytes| bytes < OWN_BYTES);
-        if short && socket::set_unsent_limit(client.as_fd(), OWN_BYTES).is_ok() {
+        let short = socket::unsent(client.as_fd()).is_ok_and(|bytes| bytes < self.own_bytes);
+        if short && socket::set_unsent_limit(client.as_fd(), self.own_bytes).is_ok() {
             if let Some(upstream) = self.upstream.upgrade() {
                 let _ = socket::set_receive_autotuning(upstream.as_fd(), false);
             }
@@ -150,8 +160,8 @@ mod tests {
     fn a_client_that_has_read_nothing_gets_nothing() {
         let memory = SendMemory::new(WIDE_BYTES);
         let (upstream, _server) = pair();
-        let mut room = Room::new(memory, &Rc::new(OwnedFd::from(upstream)));
         let (client, _reader) = reading(0);
+        let mut room = Room::new(memory, &client, &Rc::new(OwnedFd::from(upstream)));
         assert!(!room.widen(&client));
     }
 
@@ -160,9 +170,10 @@ mod tests {
         let memory = SendMemory::new(2 * WIDE_BYTES);
         let (upstream, _server) = pair();
         let upstream = Rc::new(OwnedFd::from(upstream));
-        let [mut first, mut second, mut third] = [(); 3].map(|()| Room::new(memory.clone(), &upstream));
         let (full, mut reader) = reading(2 * WIDE_AFTER_BYTES);
         let (other, _peer) = reading(2 * WIDE_AFTER_BYTES);
+        let [mut first, mut second, mut third] =
+            [&full, &other, &other].map(|client| Room::new(memory.clone(), client, &upstream));
         assert!(first.widen(&full), "room for one");
         assert!(!first.widen(&full), "once");
         assert!(second.widen(&other), "room for two");

@@ -35,7 +35,7 @@ const ENFORCED_GUESTS: &[&str] = &[];
 const GUEST_MEMORY_MIB: u32 = 3072;
 /// Memory of user-mode Linux. A sixteenth of it is where the kernel calls TCP's buffers too much (net.ipv4.tcp_mem), and
 /// there the tests' clients and upstreams have theirs too.
-const UML_MEMORY: &str = "6G";
+const UML_MEMORY: &str = "8G";
 
 /// Run all tests: on this host, in user-mode Linux, in guests.
 #[derive(Args, Clone, Debug)]

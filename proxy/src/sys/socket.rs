@@ -121,18 +121,25 @@ pub fn unsent(socket: BorrowedFd<'_>) -> io::Result<usize> {
     ioctl_int(socket, SIOCOUTQNSD)
 }
 
-/// Bytes that the peer has acknowledged since the connection began (tcpi_bytes_acked of TCP_INFO).
+/// Bytes that the peer has acknowledged since the connection began (tcpi_bytes_acked).
 pub fn acknowledged_bytes(socket: BorrowedFd<'_>) -> io::Result<u64> {
-    /// Where it lies in struct tcp_info (linux/tcp.h), in words of 8 bytes; the C library's structure ends before.
-    const BYTES_ACKED: usize = 120 / size_of::<u64>();
-    let mut info = [0u64; BYTES_ACKED + 1];
+    tcp_info(socket).map(|info| u64::from(info[30]) | u64::from(info[31]) << 32)
+}
+
+/// The largest packet on the way to the peer (tcpi_pmtu).
+pub fn path_mtu_bytes(socket: BorrowedFd<'_>) -> io::Result<usize> {
+    tcp_info(socket).map(|info| info[15] as usize)
+}
+
+/// The front of struct tcp_info (TCP_INFO, linux/tcp.h) in words of 4 bytes; the C library's own ends earlier.
+fn tcp_info(socket: BorrowedFd<'_>) -> io::Result<[u32; 32]> {
+    let mut info = [0u32; 32];
     let mut len = size_of_val(&info) as libc::socklen_t;
     // SAFETY: `info` and `len` outlive the call and `len` is the size of `info`, of which the kernel fills what fits.
     let r = unsafe {
         libc::getsockopt(socket.as_raw_fd(), libc::IPPROTO_TCP, libc::TCP_INFO, info.as_mut_ptr().cast(), &mut len)
     };
-    cvt(r)?;
-    Ok(info[BYTES_ACKED])
+    cvt(r).map(|_| info)
 }
 
 /// Bytes in the receive queue (FIONREAD).
