@@ -5,7 +5,7 @@
 //!
 //! A close with unread input, or right behind the last record, is a reset that takes the end of the stream with it.
 
-use crate::relay::{ClientEnd, Ended, Link, Spare, UpstreamEnd, Worker};
+use crate::relay::{Client, ClientEnd, Ended, Spare, UpstreamEnd, Worker};
 use crate::ring::Sock;
 use crate::sys::ktls::{self, Received};
 use crate::sys::socket::{self, Half};
@@ -25,9 +25,11 @@ const POLL_INTERVAL: Duration = Duration::from_millis(50);
 const DISCARD_BYTES: u64 = 64 << 20;
 
 /// Ends both sockets. `pending` is ciphertext that the client has not taken yet; an alert may be at its end.
-pub async fn close(link: Link, ended: Ended, pending: Spare) {
-    let Link { mut client, upstream, watch, worker, .. } = link;
-    end_upstream(upstream, ended.upstream).await;
+pub async fn close(client: Client, upstream: Option<Sock>, ended: Ended, pending: Spare) {
+    let Client { sock: mut client, watch, worker, .. } = client;
+    if let Some(upstream) = upstream {
+        end_upstream(upstream, ended.upstream).await;
+    }
     match ended.client {
         ClientEnd::Reset => reset(&mut client).await,
         ClientEnd::Discard => finish(&mut client, &watch, &worker, pending).await,

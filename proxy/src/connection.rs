@@ -9,8 +9,10 @@ use crate::handshake::{Handshaken, handshake};
 use crate::observe::counters::End;
 use crate::offload::{self, Offloaded, through_the_door};
 use crate::pipes::Share;
-use crate::relay::userspace::{Door, Stop, UserKeys, Userspace};
-use crate::relay::{Ended, Link, Spare, Worker};
+use crate::relay::kernel::Kernel;
+use crate::relay::user_tls::{UserKeys, UserTls};
+use crate::relay::userspace::{Door, Stop, Userspace};
+use crate::relay::{Client, Ended, Spare, Worker};
 use crate::ring::Sock;
 use crate::session::Session;
 use crate::sys::socket;
@@ -41,31 +43,38 @@ pub struct Accepted {
 /// The spine. Each stage is boxed, so that what waits holds only the stage it is in.
 pub async fn serve(accepted: Accepted, worker: Rc<Worker>) {
     let peer = accepted.peer;
-    let Some(mut relay) = Box::pin(establish(accepted, &worker)).await else { return };
-
-    let (link, ended, pending) = match relay.run().await {
-        Stop::Over(ended) => (relay.link, ended, relay.to_client),
-        Stop::AtDoor => match through_the_door(*relay) {
-            Offloaded::Kernel(kernel) => {
-                let mut kernel = Box::new(kernel);
-                let ended = kernel.run().await;
-                (kernel.link, ended, Spare::default())
-            }
-            Offloaded::Declined(declined, why) => {
-                worker.counters.declined(why);
-                let mut relay = Box::new(declined);
-                let ended = match relay.run().await {
-                    Stop::Over(ended) => ended,
-                    Stop::AtDoor => Ended::abort(End::Internal),
-                };
-                (relay.link, ended, relay.to_client)
-            }
-            Offloaded::Failed(link, ended) => (link, ended, Spare::default()),
-        },
-    };
-
+    let Some(relay) = Box::pin(establish(accepted, &worker)).await else { return };
+    let (client, upstream, ended, pending) = relay_to_end(relay).await;
     report(peer, &worker, ended.how, "relay", "");
-    Box::pin(close::close(link, ended, pending)).await;
+    Box::pin(close::close(client, Some(upstream), ended, pending)).await;
+}
+
+/// Relays on either side of the door; gives what is left to close.
+async fn relay_to_end(mut relay: Box<Userspace>) -> (Client, Sock, Ended, Spare) {
+    let ended = match relay.run().await {
+        Stop::Over(ended) => ended,
+        Stop::AtDoor => {
+            let Userspace { tls, upstream, to_upstream, up, down, .. } = *relay;
+            match through_the_door(tls) {
+                Offloaded::Kernel(tls) => {
+                    let mut kernel = Box::new(Kernel::new(tls, upstream, to_upstream, up, down));
+                    let ended = kernel.run().await;
+                    return (kernel.tls.client, kernel.upstream, ended, Spare::default());
+                }
+                Offloaded::Declined(tls, why) => {
+                    tls.client.worker.counters.declined(why);
+                    *relay = Userspace { tls: *tls, upstream, to_upstream, up, down, door: Door::Shut };
+                    match relay.run().await {
+                        Stop::Over(ended) => ended,
+                        Stop::AtDoor => Ended::abort(End::Internal),
+                    }
+                }
+                Offloaded::Failed(client, ended) => return (client, upstream, ended, Spare::default()),
+            }
+        }
+    };
+    let Userspace { tls, upstream, .. } = *relay;
+    (tls.client, upstream, ended, tls.to_client)
 }
 
 /// Handshake and connect. `None`: the connection has ended there.
@@ -119,9 +128,9 @@ async fn establish(accepted: Accepted, worker: &Rc<Worker>) -> Option<Box<Usersp
     let _ = socket::set_unsent_limit(upstream.fd(), UNSENT_BYTES);
     watch.forgive();
     watch.allow(limits.idle_timeout);
-    let link =
-        Link { client, upstream, watch, worker: worker.clone(), share, next_turn: None, moved_up: 0, moved_down: 0 };
-    Some(Box::new(Userspace::new(link, keys, leftover, door)))
+    let client =
+        Client { sock: client, watch, worker: worker.clone(), share, next_turn: None, moved_up: 0, moved_down: 0 };
+    Some(Box::new(Userspace::new(UserTls::new(client, keys, leftover), upstream, door)))
 }
 
 /// Counts the end, and logs one that is not clean.
