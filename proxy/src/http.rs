@@ -6,10 +6,15 @@
 //! anew, so that there is only one way to read it. HTTP/2 is not spoken here.
 
 pub mod chunk;
+pub mod downstream;
+pub mod exchange;
 pub mod field;
 pub mod framing;
 pub mod head;
+pub mod near;
+pub mod redirect;
 pub mod refusal;
 pub mod request;
 pub mod response;
+pub mod serve;
 pub mod target;

@@ -63,6 +63,7 @@ pub struct Worker {
     pub kernel: std::sync::Arc<crate::probe::Kernel>,
     pub splice: crate::config::SpliceMode,
     pub scratch: std::cell::RefCell<Scratch>,
+    pub pool: crate::upstream::pool::Pool,
 }
 
 /// Buffers of the worker, borrowed within one turn and never across one.

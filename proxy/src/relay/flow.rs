@@ -9,6 +9,7 @@ use crate::pipes::{Share, Taken};
 use crate::ring::{RingSplice, Sock};
 use crate::sys::socket;
 use std::io;
+use std::ops::Range;
 use std::rc::Rc;
 use std::task::{Context, Poll, ready};
 
@@ -99,6 +100,16 @@ impl Flow {
         debug_assert_eq!(self.in_pipe(), 0, "copied bytes would overtake those in the pipe");
         self.spare.push(bytes);
         self.phase = Phase::Drain;
+    }
+
+    /// Sends pieces of what was received at once, and keeps what the sink does not take. Nothing may be on the way.
+    pub fn hand_on(&mut self, sink: &Sock, received: &[u8], pieces: &[Range<usize>]) -> io::Result<()> {
+        debug_assert!(self.is_empty(), "bytes would overtake those on the way");
+        super::hand_on(sink, received, pieces, &mut self.spare)?;
+        if !self.spare.is_empty() {
+            self.phase = Phase::Drain;
+        }
+        Ok(())
     }
 
     /// Ends filling, for what is in the pipe to go out.

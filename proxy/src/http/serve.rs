@@ -1,0 +1,290 @@
+//! One connection of mode "http": request after request, each with an upstream of its own for as long as it takes.
+//!
+//!   read_head ─▶ Request ─▶ upstream from the pool ─▶ exchange ─▶ … ─▶ read_head       refused: a page of ours, close
+//!                                                        └─ 101 ─▶ the relays of mode "tcp"
+//!
+//! Requests that were pipelined are answered one after the other. An upgraded connection is an ordinary relay, which
+//! knows the door, half-closes and truncation already.
+
+use super::downstream::Downstream;
+use super::exchange::{Exchange, Outcome, Rules};
+use super::near::{Gone, Near, NoRequest, Patience};
+use super::refusal::{Refusal, Status, page};
+use super::request::Request;
+use crate::config::{Http, Limits, Upstream};
+use crate::observe::access::{Entry, Peer};
+use crate::observe::counters::End;
+use crate::relay::kernel::Kernel;
+use crate::relay::userspace::Userspace;
+use crate::relay::{Client, Down, Ended, Spare, Up, Want};
+use crate::ring::Sock;
+use crate::sys::socket;
+use crate::upstream::connect::Failure;
+use crate::upstream::pool::Connected;
+use std::cell::Cell;
+use std::future::poll_fn;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::task::{Poll, ready};
+use std::time::Duration;
+
+/// How long a client may take nothing of the last that we have for it.
+const STALLED_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// What the requests of a connection have in common.
+pub struct Service {
+    pub peer: Peer,
+    pub upstream: Arc<Upstream>,
+    pub turn: Rc<Cell<usize>>,
+    pub http: Http,
+    pub limits: Limits,
+    pub unsent_bytes: usize,
+}
+
+/// What is left of a connection.
+pub enum Over {
+    Closed {
+        client: Client,
+        upstream: Option<Sock>,
+        ended: Ended,
+        pending: Spare,
+    },
+    /// It has become one of mode "tcp".
+    User(Box<Userspace>),
+    Kernel(Box<Kernel>),
+}
+
+enum Next {
+    Request(Box<Near>),
+    Over(Over),
+}
+
+/// Serves requests until the connection is over.
+pub async fn serve(near: Near, service: &Service) -> Over {
+    let mut near = Box::new(near);
+    let Http { head_timeout, keep_alive, head_bytes, .. } = service.http;
+    let mut patience = Patience { idle: head_timeout, head: head_timeout, limit: head_bytes };
+    loop {
+        let extent = match Box::pin(near.read_head(patience)).await {
+            Ok(extent) => extent,
+            Err(NoRequest::Over(how)) => return finish(near, how).await,
+            Err(NoRequest::Ended(ended)) => return closed(*near, None, ended),
+            Err(NoRequest::Refused(refusal)) => return refuse(near, Entry::new(None), refusal, false, service).await,
+        };
+        let request = Request::parse(&near.inbox[extent.start..extent.end], service.peer.ip());
+        near.take(extent.end);
+        let request = match request {
+            Ok(request) => request,
+            Err(refusal) => return refuse(near, Entry::new(None), refusal, false, service).await,
+        };
+        near = match Box::pin(answer(near, request, service)).await {
+            Next::Request(near) => near,
+            Next::Over(over) => return over,
+        };
+        patience.idle = keep_alive;
+    }
+}
+
+/// One request, from its head to the end of its response.
+async fn answer(mut near: Box<Near>, mut request: Request, service: &Service) -> Next {
+    let mut entry = Entry::new(Some(&request));
+    let mut pooled = true;
+    loop {
+        let to_head = request.is_head();
+        let connected = match connect(&near, &request, pooled, service).await {
+            Ok(connected) => connected,
+            Err(failure) => {
+                if failure.how == End::Drained {
+                    return Next::Over(closed(*near, None, Ended::abort(End::Drained)));
+                }
+                entry.reason = failure.reason;
+                return Next::Over(refuse(near, entry, refusal_of(failure.how), to_head, service).await);
+            }
+        };
+        let server = connected.server;
+        entry.reused = connected.reused;
+        let exchange = match relay(*near, connected, request, service).await {
+            Ok(exchange) => exchange,
+            Err((client, upstream, ended)) => {
+                let over = Over::Closed { client, upstream: Some(upstream), ended, pending: Spare::default() };
+                return Next::Over(over);
+            }
+        };
+        let Relayed { exchange: mut done, outcome } = exchange;
+        (entry.status, entry.up_bytes, entry.down_bytes) = (done.status, done.up_bytes, done.down_bytes);
+        let peer = service.peer;
+        let counters = done.near.downstream.client().worker.counters.clone();
+        match outcome {
+            Outcome::Complete { keep_client, keep_upstream } => {
+                entry.log(peer, &counters, End::Clean);
+                if keep_upstream {
+                    let worker = &done.near.downstream.client().worker;
+                    worker.pool.put(&service.upstream.servers[server], done.upstream, service.http.upstream_idle);
+                } else {
+                    end_upstream(&mut done).await;
+                }
+                let near = Box::new(done.near);
+                return if keep_client { Next::Request(near) } else { Next::Over(finish(near, End::Clean).await) };
+            }
+            Outcome::Switched => {
+                entry.log(peer, &counters, End::Clean);
+                return Next::Over(tunnel(done.near, done.upstream));
+            }
+            Outcome::Stale if pooled && done.request.is_replayable() => {
+                done.upstream.cancel().await;
+                pooled = false;
+                near = Box::new(done.near);
+                request = done.request;
+            }
+            Outcome::Stale => {
+                const GONE: Refusal = Refusal::bad_gateway("the upstream closed an old connection as it was used");
+                done.upstream.cancel().await;
+                return Next::Over(refuse(Box::new(done.near), entry, GONE, to_head, service).await);
+            }
+            Outcome::Refused(refusal) => {
+                end_upstream(&mut done).await;
+                return Next::Over(refuse(Box::new(done.near), entry, refusal, to_head, service).await);
+            }
+            Outcome::AtDoor => {
+                return Next::Over(closed(done.near, Some(done.upstream), Ended::abort(End::Internal)));
+            }
+            Outcome::Ended(ended) => {
+                entry.log(peer, &counters, ended.how);
+                return Next::Over(closed(done.near, Some(done.upstream), ended));
+            }
+        }
+    }
+}
+
+struct Relayed {
+    exchange: Box<Exchange>,
+    outcome: Outcome,
+}
+
+/// Runs the exchange, through the door where it comes to that.
+async fn relay(
+    near: Near,
+    connected: Connected,
+    request: Request,
+    service: &Service,
+) -> Result<Relayed, (Client, Sock, Ended)> {
+    let rules = Rules {
+        head_bytes: service.http.head_bytes,
+        hsts: service.http.hsts.clone(),
+        response_timeout: service.http.response_timeout,
+        idle_timeout: service.limits.idle_timeout,
+    };
+    let mut exchange = Box::new(Exchange::new(near, connected.sock, connected.reused, request, rules));
+    loop {
+        match exchange.run().await {
+            Outcome::AtDoor => *exchange = (*exchange).through_the_door()?,
+            outcome => return Ok(Relayed { exchange, outcome }),
+        }
+    }
+}
+
+async fn connect(near: &Near, request: &Request, pooled: bool, service: &Service) -> Result<Connected, Failure> {
+    let client = near.downstream.client();
+    let (pool, watch) = (&client.worker.pool, client.watch.clone());
+    let each = service.limits.connect_timeout;
+    let connected = if pooled {
+        pool.connect(&service.upstream, &service.turn, &watch, each, !request.is_replayable()).await
+    } else {
+        let new = crate::upstream::connect::connect(&service.upstream, &service.turn, &watch, each).await;
+        new.map(|(sock, server)| Connected { sock, server, reused: false })
+    };
+    if let Ok(connected) = &connected {
+        let counters = &client.worker.counters;
+        let count = if connected.reused { &counters.upstream_reused } else { &counters.upstream_new };
+        count.add(1);
+        let _ = socket::set_unsent_limit(connected.sock.fd(), service.unsent_bytes);
+    }
+    connected
+}
+
+fn refusal_of(how: End) -> Refusal {
+    match how {
+        End::ConnectTimeout => Refusal::new(Status::GatewayTimeout, "no server of the upstream was reached in time"),
+        _ => Refusal::bad_gateway("no server of the upstream could be reached"),
+    }
+}
+
+/// Closes the upstream's connection; with a reset, if the request is not complete.
+async fn end_upstream(exchange: &mut Exchange) {
+    if !exchange.is_sent() {
+        let _ = socket::reset_on_close(exchange.upstream.fd());
+    }
+    exchange.upstream.cancel().await;
+}
+
+/// Answers with a page of ours and closes.
+async fn refuse(mut near: Box<Near>, mut entry: Entry, refusal: Refusal, to_head: bool, service: &Service) -> Over {
+    let text = page(refusal.status, entry.id, Some(&service.http.hsts), to_head);
+    entry.status = Some(refusal.status.code());
+    entry.refused = Some(refusal);
+    let worker = near.downstream.client().worker.clone();
+    entry.log(service.peer, &worker.counters, End::Refused);
+    let sent = near.downstream.send(&mut worker.scratch.borrow_mut(), &text);
+    match sent {
+        Ok(()) => finish(near, End::Refused).await,
+        Err(ended) => closed(*near, None, ended),
+    }
+}
+
+/// Sends what is left, then the close_notify.
+pub async fn finish(mut near: Box<Near>, how: End) -> Over {
+    let watch = near.downstream.client().watch.clone();
+    watch.forgive();
+    watch.allow(STALLED_TIMEOUT);
+    let ended = poll_fn(|cx| {
+        loop {
+            let end = near.downstream.flush(cx).and_then(|sent| Ok(sent && near.downstream.close_notify()?));
+            match end {
+                Ok(true) => return Poll::Ready(near.downstream.clean_end(how)),
+                Ok(false) => {}
+                Err(ended) => return Poll::Ready(ended),
+            }
+            let sock = &near.downstream.client().sock;
+            let want = Want { client_write: !sock.writable && !near.downstream.is_in_flight(), ..Want::default() };
+            if ready!(near.poll_ready(cx, None, want)).is_err() {
+                return Poll::Ready(Ended::abort(how));
+            }
+        }
+    })
+    .await;
+    closed(*near, None, ended)
+}
+
+fn closed(near: Near, upstream: Option<Sock>, ended: Ended) -> Over {
+    let (client, pending) = near.downstream.into_parts();
+    Over::Closed { client, upstream, ended, pending }
+}
+
+/// Hands the connection to the relays of mode "tcp", with what was read ahead.
+fn tunnel(near: Near, upstream: Sock) -> Over {
+    let mut to_upstream = Spare::default();
+    to_upstream.push(&near.inbox);
+    let up = match near.gone {
+        None => Up::Open,
+        Some(Gone::Clean) => Up::Closing,
+        Some(Gone::Truncated) => Up::Broken(End::ClientTruncated),
+        Some(Gone::NoRekey) => Up::Broken(End::NoRekey),
+    };
+    match near.downstream {
+        Downstream::User(tls) => {
+            let mut relay = Userspace::new(*tls, upstream, near.door);
+            (relay.to_upstream, relay.up) = (to_upstream, up);
+            Over::User(Box::new(relay))
+        }
+        Downstream::Kernel(behind) => {
+            Over::Kernel(Box::new(Kernel::new(behind.tls, upstream, to_upstream, up, Down::Open)))
+        }
+        // Mode "redirect" has no upstream.
+        Downstream::Plain(plain) => Over::Closed {
+            client: plain.client,
+            upstream: Some(upstream),
+            ended: Ended::abort(End::Internal),
+            pending: Spare::default(),
+        },
+    }
+}
