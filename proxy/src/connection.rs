@@ -10,7 +10,7 @@ use crate::config::{Listener, Mode, Upstream};
 use crate::handshake::{Handshaken, handshake};
 use crate::http::downstream::Downstream;
 use crate::http::near::Near;
-use crate::http::serve::{Over, Service};
+use crate::http::serve::{Closed, Over, Service};
 use crate::http::{redirect, serve as http};
 use crate::observe::access::Peer;
 use crate::observe::counters::End;
@@ -79,7 +79,7 @@ pub async fn serve(accepted: Accepted, worker: Rc<Worker>) {
             let Some((tls, door)) = Box::pin(shake_hands(client, &about)).await else { return };
             let near = Near::new(Downstream::user(tls), door);
             match Box::pin(http::serve(near, &service(upstream, &about))).await {
-                Over::Closed { client, upstream, ended, pending } => (client, upstream, ended, pending),
+                Over::Closed(closed) => rest(*closed),
                 Over::User(relay) => relay_to_end(relay).await,
                 Over::Kernel(relay) => relay_behind(relay).await,
             }
@@ -87,7 +87,7 @@ pub async fn serve(accepted: Accepted, worker: Rc<Worker>) {
         Mode::Redirect => {
             let near = Near::new(Downstream::plain(client), Door::Shut);
             match Box::pin(redirect::serve(near, peer, &about.snapshot.config.http)).await {
-                Over::Closed { client, upstream, ended, pending } => (client, upstream, ended, pending),
+                Over::Closed(closed) => rest(*closed),
                 // Without an upstream nothing is relayed.
                 Over::User(_) | Over::Kernel(_) => return,
             }
@@ -112,6 +112,11 @@ fn service(upstream: Arc<Upstream>, about: &About) -> Service {
 
 /// What is left to close.
 type Rest = (Client, Option<Sock>, Ended, Spare);
+
+fn rest(closed: Closed) -> Rest {
+    let Closed { client, upstream, ended, pending } = closed;
+    (client, upstream, ended, pending)
+}
 
 /// Relays on either side of the door; gives what is left to close.
 async fn relay_to_end(mut relay: Box<Userspace>) -> Rest {

@@ -68,7 +68,7 @@ impl Downstream {
     }
 
     /// Goes through the door, or stays with a reason that is counted. `Err`: below the door something failed.
-    pub fn through_the_door(self) -> Result<Self, (Client, Ended)> {
+    pub fn through_the_door(self) -> Result<Self, Box<(Client, Ended)>> {
         let tls = match self {
             Self::User(tls) => *tls,
             Self::Kernel(_) | Self::Plain(_) => return Ok(self),
@@ -82,7 +82,7 @@ impl Downstream {
                 tls.client.worker.counters.declined(why);
                 Ok(Self::User(tls))
             }
-            Offloaded::Failed(client, ended) => Err((client, ended)),
+            Offloaded::Failed(client, ended) => Err(Box::new((client, ended))),
         }
     }
 

@@ -150,14 +150,17 @@ impl Exchange {
     }
 
     /// Takes the client through the door in the middle of a body.
-    pub fn through_the_door(self) -> Result<Self, (Client, Sock, Ended)> {
+    pub fn through_the_door(self) -> Result<Self, Box<(Client, Sock, Ended)>> {
         let Near { downstream, inbox, gone, .. } = self.near;
         match downstream.through_the_door() {
             Ok(downstream) => {
                 let near = Near { downstream, inbox, gone, door: crate::relay::userspace::Door::Shut };
                 Ok(Self { near, ..self })
             }
-            Err((client, ended)) => Err((client, self.upstream, ended)),
+            Err(failed) => {
+                let (client, ended) = *failed;
+                Err(Box::new((client, self.upstream, ended)))
+            }
         }
     }
 
@@ -484,7 +487,9 @@ impl Exchange {
             to_head: self.request.is_head(),
             minor: self.request.minor,
             upgrade: self.request.upgrade.as_deref(),
-            keep_alive: self.request.keep_alive && self.near.gone.is_none() && !client.watch.is_draining(),
+            keep_alive: self.request.keep_alive
+                && (self.near.gone.is_none() || !self.near.inbox.is_empty())
+                && !client.watch.is_draining(),
             hsts: &self.rules.hsts,
         };
         let Response { status, kind, head } =
@@ -541,8 +546,9 @@ impl Exchange {
             }
             Left::Chunked(decoder) => {
                 let minor = self.request.minor;
+                // Nothing of it has been passed on, so that the client can still be told.
                 let fed = transcode(decoder, &self.answer, minor, out, &mut self.down_bytes);
-                let fed = fed.map_err(|_| Outcome::Ended(Ended::abort(End::BadResponse)))?;
+                let fed = fed.map_err(|refusal| Outcome::Refused(refusal.of_upstream()))?;
                 if fed.done {
                     self.download = Download::Done;
                 }

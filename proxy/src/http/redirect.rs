@@ -8,7 +8,7 @@ use super::framing::Body;
 use super::near::{Near, NoRequest, Patience};
 use super::refusal::{Refusal, page};
 use super::request::Request;
-use super::serve::{Over, finish};
+use super::serve::{Over, closed, finish};
 use super::target;
 use crate::config::Http;
 use crate::observe::access::{Entry, Peer};
@@ -32,10 +32,7 @@ pub async fn serve(near: Near, peer: Peer, http: &Http) -> Over {
         let extent = match Box::pin(near.read_head(patience)).await {
             Ok(extent) => extent,
             Err(NoRequest::Over(how)) => return finish(near, how).await,
-            Err(NoRequest::Ended(ended)) => {
-                let (client, pending) = near.downstream.into_parts();
-                return Over::Closed { client, upstream: None, ended, pending };
-            }
+            Err(NoRequest::Ended(ended)) => return closed(*near, None, ended),
             Err(NoRequest::Refused(refusal)) => return refuse(near, Entry::new(None), refusal, false, peer).await,
         };
         let request = Request::parse(&near.inbox[extent.start..extent.end], peer.ip());

@@ -43,15 +43,18 @@ pub struct Service {
 
 /// What is left of a connection.
 pub enum Over {
-    Closed {
-        client: Client,
-        upstream: Option<Sock>,
-        ended: Ended,
-        pending: Spare,
-    },
+    Closed(Box<Closed>),
     /// It has become one of mode "tcp".
     User(Box<Userspace>),
     Kernel(Box<Kernel>),
+}
+
+/// Two sockets to be closed, and how.
+pub struct Closed {
+    pub client: Client,
+    pub upstream: Option<Sock>,
+    pub ended: Ended,
+    pub pending: Spare,
 }
 
 enum Next {
@@ -105,8 +108,14 @@ async fn answer(mut near: Box<Near>, mut request: Request, service: &Service) ->
         entry.reused = connected.reused;
         let exchange = match relay(*near, connected, request, service).await {
             Ok(exchange) => exchange,
-            Err((client, upstream, ended)) => {
-                let over = Over::Closed { client, upstream: Some(upstream), ended, pending: Spare::default() };
+            Err(failed) => {
+                let (client, upstream, ended) = *failed;
+                let over = Over::Closed(Box::new(Closed {
+                    client,
+                    upstream: Some(upstream),
+                    ended,
+                    pending: Spare::default(),
+                }));
                 return Next::Over(over);
             }
         };
@@ -167,7 +176,7 @@ async fn relay(
     connected: Connected,
     request: Request,
     service: &Service,
-) -> Result<Relayed, (Client, Sock, Ended)> {
+) -> Result<Relayed, Box<(Client, Sock, Ended)>> {
     let rules = Rules {
         head_bytes: service.http.head_bytes,
         hsts: service.http.hsts.clone(),
@@ -255,9 +264,9 @@ pub async fn finish(mut near: Box<Near>, how: End) -> Over {
     closed(*near, None, ended)
 }
 
-fn closed(near: Near, upstream: Option<Sock>, ended: Ended) -> Over {
+pub fn closed(near: Near, upstream: Option<Sock>, ended: Ended) -> Over {
     let (client, pending) = near.downstream.into_parts();
-    Over::Closed { client, upstream, ended, pending }
+    Over::Closed(Box::new(Closed { client, upstream, ended, pending }))
 }
 
 /// Hands the connection to the relays of mode "tcp", with what was read ahead.
@@ -280,11 +289,10 @@ fn tunnel(near: Near, upstream: Sock) -> Over {
             Over::Kernel(Box::new(Kernel::new(behind.tls, upstream, to_upstream, up, Down::Open)))
         }
         // Mode "redirect" has no upstream.
-        Downstream::Plain(plain) => Over::Closed {
-            client: plain.client,
-            upstream: Some(upstream),
-            ended: Ended::abort(End::Internal),
-            pending: Spare::default(),
-        },
+        Downstream::Plain(plain) => {
+            let ended = Ended::abort(End::Internal);
+            let pending = Spare::default();
+            Over::Closed(Box::new(Closed { client: plain.client, upstream: Some(upstream), ended, pending }))
+        }
     }
 }
