@@ -52,7 +52,7 @@ const fn need(group: Group, program: &'static str, apt: &'static str, dnf: &'sta
     Need { group, present: Present::Program(program), apt, dnf, why }
 }
 
-const NEEDS: [Need; 22] = [
+const NEEDS: [Need; 24] = [
     need(Group::Build, "cc", "gcc libc6-dev", "gcc", "compiles the cryptography (aws-lc) and links"),
     Need {
         group: Group::Build,
@@ -83,6 +83,8 @@ const NEEDS: [Need; 22] = [
     need(Group::Uml, "taskset", "util-linux", "util-linux", "holds user-mode Linux to one CPU"),
     need(Group::Peers, "openssl", "openssl", "openssl", "is a client that the tests use"),
     need(Group::Peers, "curl", "curl", "curl-minimal", "is a client that the tests use"),
+    need(Group::Peers, "wrk", "wrk", "wrk", "is a client that the tests use"),
+    need(Group::Peers, "h2load", "nghttp2-client", "nghttp2", "is a client that the tests use"),
     need(Group::Peers, "gnutls-cli", "gnutls-bin", "gnutls-utils", "is a client that the tests use"),
     need(
         Group::Peers,
