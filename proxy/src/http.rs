@@ -6,6 +6,7 @@
 //! anew, so that there is only one way to read it. HTTP/2 is not spoken here.
 
 pub mod chunk;
+mod download;
 pub mod downstream;
 pub mod exchange;
 pub mod field;
@@ -18,3 +19,4 @@ pub mod request;
 pub mod response;
 pub mod serve;
 pub mod target;
+mod upload;

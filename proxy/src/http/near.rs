@@ -60,6 +60,8 @@ pub struct Patience {
     pub head: Duration,
     /// Bytes.
     pub limit: usize,
+    /// A drain ends the wait: the connection has had a request already.
+    pub ends_in_drain: bool,
 }
 
 impl Near {
@@ -163,7 +165,7 @@ impl Near {
                     Ok(None) => {}
                     Err(refusal) => return Poll::Ready(Err(NoRequest::Refused(refusal))),
                 }
-                if let Some(over) = self.no_head(&scanner, watch.is_draining()) {
+                if let Some(over) = self.no_head(&scanner, patience.ends_in_drain && watch.is_draining()) {
                     return Poll::Ready(Err(over));
                 }
                 if !scanner.is_idle() && began.is_none() {

@@ -27,7 +27,7 @@ const CHALLENGE_BYTES: u64 = 4096;
 pub async fn serve(near: Near, peer: Peer, http: &Http) -> Over {
     let mut near = Box::new(near);
     let Http { head_timeout, keep_alive, head_bytes, .. } = *http;
-    let mut patience = Patience { idle: head_timeout, head: head_timeout, limit: head_bytes };
+    let mut patience = Patience { idle: head_timeout, head: head_timeout, limit: head_bytes, ends_in_drain: false };
     loop {
         let extent = match Box::pin(near.read_head(patience)).await {
             Ok(extent) => extent,
@@ -54,7 +54,7 @@ pub async fn serve(near: Near, peer: Peer, http: &Http) -> Over {
         if sent.is_err() || !keep {
             return finish(near, End::Clean).await;
         }
-        patience.idle = keep_alive;
+        (patience.idle, patience.ends_in_drain) = (keep_alive, true);
     }
 }
 

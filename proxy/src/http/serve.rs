@@ -66,7 +66,7 @@ enum Next {
 pub async fn serve(near: Near, service: &Service) -> Over {
     let mut near = Box::new(near);
     let Http { head_timeout, keep_alive, head_bytes, .. } = service.http;
-    let mut patience = Patience { idle: head_timeout, head: head_timeout, limit: head_bytes };
+    let mut patience = Patience { idle: head_timeout, head: head_timeout, limit: head_bytes, ends_in_drain: false };
     loop {
         let extent = match Box::pin(near.read_head(patience)).await {
             Ok(extent) => extent,
@@ -84,7 +84,7 @@ pub async fn serve(near: Near, service: &Service) -> Over {
             Next::Request(near) => near,
             Next::Over(over) => return over,
         };
-        patience.idle = keep_alive;
+        (patience.idle, patience.ends_in_drain) = (keep_alive, true);
     }
 }
 
@@ -106,68 +106,69 @@ async fn answer(mut near: Box<Near>, mut request: Request, service: &Service) ->
         };
         let server = connected.server;
         entry.reused = connected.reused;
-        let exchange = match relay(*near, connected, request, service).await {
-            Ok(exchange) => exchange,
-            Err(failed) => {
-                let (client, upstream, ended) = *failed;
-                let over = Over::Closed(Box::new(Closed {
-                    client,
-                    upstream: Some(upstream),
-                    ended,
-                    pending: Spare::default(),
-                }));
-                return Next::Over(over);
-            }
+        let (done, outcome) = match relay(*near, connected, request, service).await {
+            Ok(relayed) => relayed,
+            Err(over) => return Next::Over(over),
         };
-        let Relayed { exchange: mut done, outcome } = exchange;
-        (entry.status, entry.up_bytes, entry.down_bytes) = (done.status, done.up_bytes, done.down_bytes);
-        let peer = service.peer;
-        let counters = done.near.downstream.client().worker.counters.clone();
-        match outcome {
-            Outcome::Complete { keep_client, keep_upstream } => {
-                entry.log(peer, &counters, End::Clean);
-                if keep_upstream {
-                    let worker = &done.near.downstream.client().worker;
-                    worker.pool.put(&service.upstream.servers[server], done.upstream, service.http.upstream_idle);
-                } else {
-                    end_upstream(&mut done).await;
-                }
-                let near = Box::new(done.near);
-                return if keep_client { Next::Request(near) } else { Next::Over(finish(near, End::Clean).await) };
-            }
-            Outcome::Switched => {
-                entry.log(peer, &counters, End::Clean);
-                return Next::Over(tunnel(done.near, done.upstream));
-            }
-            Outcome::Stale if pooled && done.request.is_replayable() => {
-                done.upstream.cancel().await;
-                pooled = false;
-                near = Box::new(done.near);
-                request = done.request;
-            }
-            Outcome::Stale => {
-                const GONE: Refusal = Refusal::bad_gateway("the upstream closed an old connection as it was used");
-                done.upstream.cancel().await;
-                return Next::Over(refuse(Box::new(done.near), entry, GONE, to_head, service).await);
-            }
-            Outcome::Refused(refusal) => {
+        if outcome == Outcome::Stale && pooled && done.request.is_replayable() {
+            let Exchange { near: back, upstream: mut gone, request: again, .. } = *done;
+            gone.cancel().await;
+            (near, request, pooled) = (Box::new(back), again, false);
+            continue;
+        }
+        return conclude(done, outcome, entry, server, service).await;
+    }
+}
+
+/// What an exchange's outcome means for both connections.
+async fn conclude(
+    mut done: Box<Exchange>,
+    outcome: Outcome,
+    mut entry: Entry,
+    server: usize,
+    service: &Service,
+) -> Next {
+    const STALE: Refusal = Refusal::bad_gateway("the upstream closed an old connection as it was used");
+    (entry.status, entry.up_bytes, entry.down_bytes) = (done.status, done.up_bytes, done.down_bytes);
+    let to_head = done.request.is_head();
+    let worker = done.near.downstream.client().worker.clone();
+    let how = match outcome {
+        Outcome::Complete { .. } | Outcome::Switched => End::Clean,
+        Outcome::Stale => return Next::Over(refuse_after(done, entry, STALE, to_head, service).await),
+        Outcome::Refused(refusal) => return Next::Over(refuse_after(done, entry, refusal, to_head, service).await),
+        Outcome::AtDoor => End::Internal,
+        Outcome::Ended(ended) => ended.how,
+    };
+    entry.log(service.peer, &worker.counters, how);
+    match outcome {
+        Outcome::Complete { keep_client, keep_upstream } => {
+            if !keep_upstream {
                 end_upstream(&mut done).await;
-                return Next::Over(refuse(Box::new(done.near), entry, refusal, to_head, service).await);
             }
-            Outcome::AtDoor => {
-                return Next::Over(closed(done.near, Some(done.upstream), Ended::abort(End::Internal)));
+            let Exchange { near, upstream, .. } = *done;
+            if keep_upstream {
+                worker.pool.put(&service.upstream.servers[server], upstream, service.http.upstream_idle);
             }
-            Outcome::Ended(ended) => {
-                entry.log(peer, &counters, ended.how);
-                return Next::Over(closed(done.near, Some(done.upstream), ended));
-            }
+            let near = Box::new(near);
+            if keep_client { Next::Request(near) } else { Next::Over(finish(near, End::Clean).await) }
+        }
+        Outcome::Switched => Next::Over(tunnel(done.near, done.upstream)),
+        Outcome::Ended(ended) => Next::Over(closed(done.near, Some(done.upstream), ended)),
+        Outcome::Stale | Outcome::Refused(_) | Outcome::AtDoor => {
+            Next::Over(closed(done.near, Some(done.upstream), Ended::abort(how)))
         }
     }
 }
 
-struct Relayed {
-    exchange: Box<Exchange>,
-    outcome: Outcome,
+async fn refuse_after(
+    mut done: Box<Exchange>,
+    entry: Entry,
+    refusal: Refusal,
+    to_head: bool,
+    service: &Service,
+) -> Over {
+    end_upstream(&mut done).await;
+    refuse(Box::new(done.near), entry, refusal, to_head, service).await
 }
 
 /// Runs the exchange, through the door where it comes to that.
@@ -176,7 +177,7 @@ async fn relay(
     connected: Connected,
     request: Request,
     service: &Service,
-) -> Result<Relayed, Box<(Client, Sock, Ended)>> {
+) -> Result<(Box<Exchange>, Outcome), Over> {
     let rules = Rules {
         head_bytes: service.http.head_bytes,
         hsts: service.http.hsts.clone(),
@@ -186,8 +187,18 @@ async fn relay(
     let mut exchange = Box::new(Exchange::new(near, connected.sock, connected.reused, request, rules));
     loop {
         match exchange.run().await {
-            Outcome::AtDoor => *exchange = (*exchange).through_the_door()?,
-            outcome => return Ok(Relayed { exchange, outcome }),
+            Outcome::AtDoor => {
+                *exchange = (*exchange).through_the_door().map_err(|failed| {
+                    let (client, upstream, ended) = *failed;
+                    Over::Closed(Box::new(Closed {
+                        client,
+                        upstream: Some(upstream),
+                        ended,
+                        pending: Spare::default(),
+                    }))
+                })?
+            }
+            outcome => return Ok((exchange, outcome)),
         }
     }
 }

@@ -55,6 +55,11 @@ impl Flow {
         Self { splicer, phase: Phase::Drain, spare, pipe: None, in_flight: None, distrusts_link: false }
     }
 
+    /// Splices are made by this one from now on; one in flight is not touched.
+    pub fn splice_by(&mut self, splicer: Splicer) {
+        self.splicer = splicer;
+    }
+
     /// Bytes are wanted from the source.
     pub fn fills(&self) -> bool {
         self.phase == Phase::Fill
