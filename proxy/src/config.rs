@@ -2,6 +2,7 @@
 //!
 //! `Config::parse` (in `config/parse.rs`) is the only way in. Names and units are those of the configuration file.
 
+mod hsts;
 mod parse;
 mod problem;
 mod section;
@@ -23,6 +24,7 @@ pub struct Config {
     pub server: Server,
     pub tls: Tls,
     pub limits: Limits,
+    pub http: Http,
     pub log: Log,
     pub listeners: Vec<Arc<Listener>>,
 }
@@ -90,11 +92,39 @@ pub struct Limits {
     pub records_per_key: u64,
 }
 
+/// `[http]`: what modes http and redirect have in common.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Http {
+    /// The value of Strict-Transport-Security, at least `hsts::AGE_MIN_S`.
+    pub hsts: String,
+    /// Of a request's or a response's head, and of trailers, in bytes.
+    pub head_bytes: usize,
+    /// The folder whose files answer `/.well-known/acme-challenge/`, in mode redirect.
+    pub acme_challenge: Option<PathBuf>,
+    /// From the first byte of a head to its last, and from the handshake to the first request.
+    pub head_timeout: Duration,
+    /// Between two requests of one connection.
+    pub keep_alive: Duration,
+    /// From the last byte of a request to the head of its response.
+    pub response_timeout: Duration,
+    /// How long a connection to an upstream is kept for another request; zero: never.
+    pub upstream_idle: Duration,
+}
+
 /// `[log]`
 #[derive(Debug, Clone, PartialEq)]
 pub struct Log {
     pub format: LogFormat,
     pub level: tracing::Level,
+    pub client_address: ClientAddress,
+}
+
+/// How the log shows a client's address.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ClientAddress {
+    Full,
+    /// The network: three bytes of IPv4, six of IPv6, no port.
+    Truncated,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -109,7 +139,28 @@ pub struct Listener {
     pub address: SocketAddr,
     pub offload: Offload,
     pub offload_after: OffloadAfter,
-    pub upstream: Arc<Upstream>,
+    pub mode: Mode,
+}
+
+impl Listener {
+    /// Where its clients' bytes go, if anywhere.
+    pub fn upstream(&self) -> Option<&Arc<Upstream>> {
+        match &self.mode {
+            Mode::Tcp(upstream) | Mode::Http(upstream) => Some(upstream),
+            Mode::Redirect => None,
+        }
+    }
+}
+
+/// What a listener does with a connection.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Mode {
+    /// TLS ends here; the bytes go on as they are.
+    Tcp(Arc<Upstream>),
+    /// TLS ends here; HTTP/1.1 goes on request by request.
+    Http(Arc<Upstream>),
+    /// No TLS: everybody is sent to https.
+    Redirect,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -1,17 +1,26 @@
 //! One connection, every stage in order. Each stage consumes what the one before made, and none calls another.
 //!
-//!   Accepted ─▶ handshake ─▶ connect ─▶ userspace relay ─▶ the door ─▶ kernel relay ─▶ close
-//!                                            └──────── declined ────────────▲
+//!   mode tcp       Accepted ─▶ handshake ─▶ connect ─▶ userspace relay ─▶ the door ─▶ kernel relay ─▶ close
+//!                                                           └──────── declined ────────────▲
+//!   mode http      Accepted ─▶ handshake ─▶ requests, each with its upstream, the door among them ─▶ [relay] ─▶ close
+//!   mode redirect  Accepted ─▶ requests ─▶ close
 
 use crate::accept::Place;
-use crate::close;
-use crate::config::Listener;
+use crate::close::{self, Closed};
+use crate::config::{Listener, Mode, Upstream};
 use crate::handshake::{Handshaken, handshake};
+use crate::http::downstream::Downstream;
+use crate::http::near::Near;
+use crate::http::serve::{Over, Service};
+use crate::http::{redirect, serve as http};
+use crate::observe::access::Peer;
 use crate::observe::counters::End;
 use crate::offload::{self, Offloaded, through_the_door};
 use crate::pipes::Share;
-use crate::relay::userspace::{Door, Stop, UserKeys, Userspace};
-use crate::relay::{Ended, Link, Spare, Worker};
+use crate::relay::kernel::Kernel;
+use crate::relay::user_tls::{UserKeys, UserTls};
+use crate::relay::userspace::{Door, Stop, Userspace};
+use crate::relay::{Client, Spare, Worker};
 use crate::ring::Sock;
 use crate::session::Session;
 use crate::sys::socket;
@@ -25,6 +34,7 @@ use std::os::fd::OwnedFd;
 use std::pin::Pin;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::time::Instant;
 
 /// Bytes that may lie unsent in an upstream's send queue. Four times less makes a fast reader wait for bytes that were
 /// ready (a third more CPU).
@@ -41,65 +51,140 @@ pub struct Accepted {
     pub watch: Rc<Watch>,
 }
 
+/// What the stages of one connection tell of it.
+#[derive(Clone)]
+struct About {
+    peer: Peer,
+    listener: Arc<Listener>,
+    turn: Rc<Cell<usize>>,
+    snapshot: Rc<Snapshot>,
+    worker: Rc<Worker>,
+    began: Instant,
+}
+
 /// The spine. What waits holds only the stage it is in: each is boxed, and moves into the next without an await.
 /// `_place` counts the connection until it is closed.
 pub async fn serve(accepted: Box<Accepted>, _place: Place, worker: Rc<Worker>) {
-    let peer = accepted.peer;
-    let Some(mut relay) = Box::pin(establish(accepted, &worker)).await else { return };
+    let Accepted { client, peer, listener, share, turn, snapshot, watch } = *accepted;
+    let peer = Peer::new(peer, snapshot.config.log.client_address);
+    let about = About { peer, listener, turn, snapshot, worker: worker.clone(), began: Instant::now() };
+    let sock = Sock::new(client);
+    let _ = socket::set_nodelay(sock.fd());
+    let client = Client::new(sock, watch, worker, share);
 
-    let (ended, closing) = match relay.run().await {
-        Stop::Over(ended) => (ended, closing(relay, ended)),
-        Stop::AtDoor => match through_the_door(relay) {
-            Offloaded::Kernel(mut kernel) => {
-                let ended = kernel.run().await;
-                (ended, Box::pin(close::close(kernel.link, ended, Spare::default())) as Closing)
-            }
-            Offloaded::Declined(mut relay, why) => {
-                worker.counters.declined(why);
-                let ended = match relay.run().await {
-                    Stop::Over(ended) => ended,
-                    Stop::AtDoor => Ended::abort(End::Internal),
-                };
-                (ended, closing(relay, ended))
-            }
-            Offloaded::Failed(link, ended) => {
-                (ended, Box::pin(close::close(*link, ended, Spare::default())) as Closing)
-            }
-        },
+    let closing = match about.listener.mode.clone() {
+        Mode::Tcp(upstream) => {
+            let Some(shaken) = Box::pin(shake_hands(client, &about)).await else { return };
+            let Some(relay) = Box::pin(connect_upstream(shaken, &upstream, &about)).await else { return };
+            relay_to_end(relay, &about).await
+        }
+        Mode::Http(upstream) => {
+            let Some(shaken) = Box::pin(shake_hands(client, &about)).await else { return };
+            Box::pin(requests(shaken, upstream, &about)).await
+        }
+        Mode::Redirect => Box::pin(redirects(client, &about)).await,
     };
-
-    report(peer, &worker, ended.how, "relay", "");
     closing.await;
+}
+
+/// Mode http.
+async fn requests((tls, door): (UserTls, Door), upstream: Arc<Upstream>, about: &About) -> Closing {
+    let near = Near::new(Downstream::user(tls), door);
+    match http::serve(near, &service(upstream, about)).await {
+        Over::Closed(closed) => about.close(*closed),
+        Over::User(relay) => relay_to_end(relay, about).await,
+        Over::Kernel(relay) => relay_behind(relay, about).await,
+    }
+}
+
+/// Mode redirect.
+async fn redirects(client: Client, about: &About) -> Closing {
+    let near = Near::new(Downstream::plain(client), Door::Shut);
+    about.close(redirect::serve(near, about.peer, &about.snapshot.config.http).await)
 }
 
 /// The last stage, ready to go.
 type Closing = Pin<Box<dyn Future<Output = ()>>>;
 
-fn closing(relay: Box<Userspace>, ended: Ended) -> Closing {
-    let Userspace { link, to_client, .. } = *relay;
-    Box::pin(close::close(link, ended, to_client))
+fn service(upstream: Arc<Upstream>, about: &About) -> Service {
+    let config = &about.snapshot.config;
+    Service {
+        peer: about.peer,
+        upstream,
+        turn: about.turn.clone(),
+        http: config.http.clone(),
+        limits: config.limits.clone(),
+        unsent_bytes: UPSTREAM_UNSENT_BYTES,
+    }
 }
 
-/// Handshake and connect. `None`: the connection has ended there.
-async fn establish(accepted: Box<Accepted>, worker: &Rc<Worker>) -> Option<Box<Userspace>> {
-    let Accepted { client, peer, listener, share, turn, snapshot, watch } = *accepted;
+/// Relays on either side of the door.
+async fn relay_to_end(mut relay: Box<Userspace>, about: &About) -> Closing {
+    loop {
+        match relay.run().await {
+            Stop::Over(ended) => return about.close(Closed::of(*relay, ended)),
+            Stop::AtDoor => match pass(relay) {
+                Passed::Kernel(kernel) => return relay_behind(kernel, about).await,
+                // Its door is shut now, so it does not come here again.
+                Passed::Declined(declined) => relay = declined,
+                Passed::Failed(closed) => return about.close(*closed),
+            },
+        }
+    }
+}
+
+async fn relay_behind(mut relay: Box<Kernel>, about: &About) -> Closing {
+    let ended = relay.run().await;
+    let Kernel { tls, upstream, .. } = *relay;
+    about.close(Closed { client: tls.client, upstream: Some(upstream), ended, pending: Spare::default() })
+}
+
+/// What became of a relay at the door. Not a part of the futures above: there, what is taken out of a box would keep its
+/// memory until they end.
+enum Passed {
+    Kernel(Box<Kernel>),
+    Declined(Box<Userspace>),
+    Failed(Box<Closed>),
+}
+
+fn pass(relay: Box<Userspace>) -> Passed {
+    let Userspace { tls, upstream, to_upstream, up, down, .. } = *relay;
+    match through_the_door(tls) {
+        Offloaded::Kernel(tls) => Passed::Kernel(Box::new(Kernel::new(*tls, upstream, to_upstream, up, down))),
+        Offloaded::Declined(tls, why) => {
+            tls.client.worker.counters.declined(why);
+            Passed::Declined(Box::new(Userspace { tls: *tls, upstream, to_upstream, up, down, door: Door::Shut }))
+        }
+        Offloaded::Failed(client, ended) => {
+            let (upstream, pending) = (Some(upstream), Spare::default());
+            Passed::Failed(Box::new(Closed { client: *client, upstream, ended, pending }))
+        }
+    }
+}
+
+/// The handshake, up to the keys and the plan for the door. `None`: the connection has ended there.
+async fn shake_hands(client: Client, about: &About) -> Option<(UserTls, Door)> {
+    let Client { sock: mut client, watch, worker, share, .. } = client;
+    let About { listener, snapshot, .. } = about;
     let limits = &snapshot.config.limits;
-    let mut client = Sock::new(client);
-    let _ = socket::set_nodelay(client.fd());
-    let session = match Session::new(snapshot.tls.clone()) {
+    let tls = match listener.mode {
+        Mode::Http(_) => &snapshot.http_tls,
+        Mode::Tcp(_) | Mode::Redirect => &snapshot.tls,
+    };
+    let session = match Session::new(tls.clone()) {
         Ok(session) => session,
         Err(e) => {
-            report(peer, worker, End::Internal, "handshake", &e.to_string());
+            about.report(End::Internal, "handshake", &e.to_string());
             return None;
         }
     };
-    let exact = offload::is_immediate(&listener, &worker.kernel);
+    let exact = offload::is_immediate(listener, &worker.kernel);
     watch.allow(limits.handshake_timeout);
     let Handshaken { session, leftover } = match handshake(&mut client, &watch, session, exact).await {
         Ok(done) => done,
         Err(failure) => {
-            report(peer, worker, failure.how, "handshake", &failure.reason);
-            close::refuse(client, &watch, worker, failure.alert).await;
+            about.report(failure.how, "handshake", &failure.reason);
+            close::refuse(client, &watch, &worker, failure.alert).await;
             return None;
         }
     };
@@ -109,38 +194,81 @@ async fn establish(accepted: Box<Accepted>, worker: &Rc<Worker>) -> Option<Box<U
     let keys = match keys.and_then(|keys| UserKeys::new(keys, limits.records_per_key)) {
         Ok(keys) => keys,
         Err(e) => {
-            report(peer, worker, End::Internal, "handshake", &e.to_string());
+            about.report(End::Internal, "handshake", &e.to_string());
             return None;
         }
     };
-    tracing::debug!(%peer, suite = ?keys.ring.suite.suite(), ?group, "handshake complete");
-    let door = offload::plan(&listener, &worker.kernel, keys.ring.suite).unwrap_or_else(|why| {
+    tracing::debug!(peer = %about.peer, suite = ?keys.ring.suite.suite(), ?group, "handshake complete");
+    let door = offload::plan(listener, &worker.kernel, keys.ring.suite).unwrap_or_else(|why| {
         worker.counters.declined(why);
         Door::Shut
     });
-    let upstream = match connect(&listener.upstream, &turn, &watch, limits.connect_timeout).await {
-        Ok(upstream) => upstream,
+    watch.forgive();
+    watch.allow(limits.idle_timeout);
+    let client = Client::new(client, watch, worker, share);
+    Some((UserTls::new(client, keys, leftover), door))
+}
+
+/// Mode tcp: one upstream for the whole connection. `None`: the connection has ended there.
+async fn connect_upstream(
+    (mut tls, door): (UserTls, Door),
+    upstream: &Upstream,
+    about: &About,
+) -> Option<Box<Userspace>> {
+    let limits = &about.snapshot.config.limits;
+    let watch = tls.client.watch.clone();
+    let upstream = match connect(upstream, &about.turn, &watch, limits.connect_timeout).await {
+        Ok((upstream, _)) => upstream,
         Err(failure) => {
-            report(peer, worker, failure.how, "connect", &failure.reason);
+            about.report(failure.how, "connect", &failure.reason);
             // A FIN without a close_notify: nothing has come to a clean end.
-            close::refuse(client, &watch, worker, Spare::default()).await;
+            close::refuse(tls.client.sock, &watch, &about.worker, Spare::default()).await;
             return None;
         }
     };
     let _ = socket::set_unsent_limit(upstream.fd(), UPSTREAM_UNSENT_BYTES);
-    client.draw_on(worker.send_memory.clone(), &upstream);
+    let send_memory = tls.client.worker.send_memory.clone();
+    tls.client.sock.draw_on(send_memory, &upstream);
     watch.forgive();
     watch.allow(limits.idle_timeout);
-    let link = Link::new(client, upstream, watch, worker.clone(), share);
-    Some(Box::new(Userspace::new(link, keys, leftover, door)))
+    Some(Box::new(Userspace::new(tls, upstream, door)))
 }
 
-/// Counts the end, and logs one that is not clean.
-fn report(peer: SocketAddr, worker: &Worker, how: End, stage: &str, reason: &str) {
-    worker.counters.ended(how);
-    match how {
-        End::Clean => tracing::debug!(%peer, stage, "connection closed"),
-        End::Internal => tracing::error!(%peer, stage, how = how.to_string(), reason, "connection ended"),
-        _ => tracing::info!(%peer, stage, how = how.to_string(), reason, "connection ended"),
+impl About {
+    /// Counts and logs the end, and makes the last stage ready.
+    fn close(&self, closed: Closed) -> Closing {
+        self.log(&closed.client, closed.ended.how);
+        Box::pin(close::close(closed))
+    }
+
+    /// Counts an end before the relay, and logs it.
+    fn report(&self, how: End, stage: &str, reason: &str) {
+        let peer = self.peer;
+        self.worker.counters.ended(how);
+        match how {
+            End::Internal => tracing::error!(%peer, stage, how = how.to_string(), reason, "connection ended"),
+            _ => tracing::info!(%peer, stage, how = how.to_string(), reason, "connection ended"),
+        }
+    }
+
+    /// Counts the end of a connection that got past its handshake, and writes its line of the access log. In modes http
+    /// and redirect each request has its own, and this one is only for an end that none of them tells of.
+    fn log(&self, client: &Client, how: End) {
+        let Self { peer, listener, .. } = self;
+        self.worker.counters.ended(how);
+        let ms = u64::try_from(self.began.elapsed().as_millis()).unwrap_or(u64::MAX);
+        let (listener, up_bytes, down_bytes) = (listener.address, client.moved_up, client.moved_down);
+        let is_quiet = match self.listener.mode {
+            Mode::Tcp(_) => false,
+            Mode::Http(_) | Mode::Redirect => matches!(how, End::Clean | End::Idle | End::Refused),
+        };
+        let how_text = how.to_string();
+        match how {
+            End::Internal => {
+                tracing::error!(%peer, %listener, stage = "relay", how = how_text, up_bytes, down_bytes, ms, "connection")
+            }
+            _ if is_quiet => tracing::debug!(%peer, %listener, how = how_text, up_bytes, down_bytes, ms, "connection"),
+            _ => tracing::info!(%peer, %listener, how = how_text, up_bytes, down_bytes, ms, "connection"),
+        }
     }
 }

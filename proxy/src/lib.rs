@@ -9,6 +9,7 @@ pub mod control;
 pub mod doctor;
 pub mod exit;
 pub mod handshake;
+pub mod http;
 pub mod listen;
 pub mod observe;
 pub mod offload;

@@ -1,3 +1,4 @@
+pub mod access;
 pub mod counters;
 pub mod log;
 pub mod metrics;

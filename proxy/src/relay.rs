@@ -4,13 +4,17 @@
 //!   client ────┤                                 upstream
 //!              ◀───────────── down ──────────────┘
 //!
-//! `userspace` opens and seals records itself (rustls); `kernel` splices over a TLS socket. Both are one hand-written
-//! future that holds no buffer and no pipe while nothing moves, and both keep the same rules of ending, which are here.
+//! `userspace` opens and seals records itself, by `user_tls`; `kernel` splices over a TLS socket, by `kernel_tls`. Both are
+//! one hand-written future that holds no buffer and no pipe while nothing moves, and both keep the same rules of ending,
+//! which are here. The two `_tls` are a client's plaintext, whoever protects it, and know nothing of a relay: mode "http"
+//! stands on them too.
 
-mod flow;
+pub mod flow;
 pub mod kernel;
+pub mod kernel_tls;
 mod keys;
 pub mod record;
+pub mod user_tls;
 pub mod userspace;
 
 use crate::observe::counters::{Counters, End};
@@ -21,7 +25,7 @@ use crate::send_room::WIDE_AFTER_BYTES;
 use crate::sys::socket::{self, VECTORS};
 use crate::watch::{Verdict, Watch};
 use std::future::Future;
-use std::io;
+use std::io::{self, IoSlice};
 use std::ops::Range;
 use std::pin::Pin;
 use std::rc::Rc;
@@ -41,10 +45,9 @@ pub const HALF_OPEN_TIMEOUT: Duration = Duration::from_secs(60);
 /// After a KeyUpdate that the kernel cannot follow, the download has ended when it was silent for this long.
 pub const NO_REKEY_QUIET: Duration = Duration::from_secs(5);
 
-/// The two sockets of a connection, and what every stage after the handshake needs.
-pub struct Link {
-    pub client: Sock,
-    pub upstream: Sock,
+/// The client's socket, and what every stage after the handshake needs.
+pub struct Client {
+    pub sock: Sock,
     pub watch: Rc<Watch>,
     pub worker: Rc<Worker>,
     pub share: Rc<Share>,
@@ -64,6 +67,7 @@ pub struct Worker {
     pub splice: crate::config::SpliceMode,
     pub scratch: std::cell::RefCell<Scratch>,
     pub send_memory: Rc<crate::send_room::SendMemory>,
+    pub pool: crate::upstream::pool::Pool,
 }
 
 /// Buffers of the worker, borrowed within one turn and never across one.
@@ -261,9 +265,44 @@ fn send(to: &mut Sock, bytes: &[u8]) -> io::Result<usize> {
     Ok(at)
 }
 
-impl Link {
-    pub fn new(client: Sock, upstream: Sock, watch: Rc<Watch>, worker: Rc<Worker>, share: Rc<Share>) -> Self {
-        Self { client, upstream, watch, worker, share, next_turn: None, moved_up: 0, moved_down: 0, widened_at: 0 }
+/// Sends pieces of what was received, and keeps in `spare` what the socket does not take.
+pub fn hand_on(to: &Sock, received: &[u8], pieces: &[Range<usize>], spare: &mut Spare) -> io::Result<()> {
+    let mut full = !spare.is_empty();
+    for now in pieces.chunks(VECTORS) {
+        let mut sent = 0;
+        if !full {
+            let mut vectors = [IoSlice::new(&[]); VECTORS];
+            for (vector, piece) in vectors.iter_mut().zip(now) {
+                *vector = IoSlice::new(&received[piece.clone()]);
+            }
+            sent = match socket::send_vectored(to.fd(), &vectors[..now.len()]) {
+                Ok(n) => n,
+                Err(e) if socket::is_again(&e) => 0,
+                Err(e) => return Err(e),
+            };
+        }
+        for piece in now {
+            let taken = sent.min(piece.len());
+            sent -= taken;
+            full |= taken < piece.len();
+            spare.push(&received[piece.start + taken..piece.end]);
+        }
+    }
+    // A short send may only mean that the socket took a part: the flush that follows finds out.
+    Ok(())
+}
+
+impl Client {
+    pub fn new(sock: Sock, watch: Rc<Watch>, worker: Rc<Worker>, share: Rc<Share>) -> Self {
+        Self { sock, watch, worker, share, next_turn: None, moved_up: 0, moved_down: 0, widened_at: 0 }
+    }
+
+    /// Enough has moved for the kernel to take over.
+    pub fn wants_door(&self, door: userspace::Door) -> bool {
+        match door {
+            userspace::Door::Shut => false,
+            userspace::Door::After(bytes) => self.moved_up.max(self.moved_down) >= bytes,
+        }
     }
 
     /// Waits for the connection's next turn, begun by the first call.
@@ -275,24 +314,32 @@ impl Link {
     }
 
     /// Arms what is wanted and takes up what has come: `Ready` when a direction may go on, or time is up.
-    pub fn poll_ready(&mut self, cx: &mut Context<'_>, want: Want) -> Poll<Result<(), Verdict>> {
+    pub fn poll_ready(
+        &mut self,
+        cx: &mut Context<'_>,
+        upstream: Option<&mut Sock>,
+        want: Want,
+    ) -> Poll<Result<(), Verdict>> {
         if want.client_read {
-            self.client.arm_read();
+            self.sock.arm_read();
         }
         if want.client_write {
-            self.client.arm_write();
+            self.sock.arm_write();
         }
-        if want.upstream_read {
-            self.upstream.arm_read();
-        }
-        if want.upstream_write {
-            self.upstream.arm_write();
+        let mut ready = self.sock.take_up(cx);
+        if let Some(upstream) = upstream {
+            if want.upstream_read {
+                upstream.arm_read();
+            }
+            if want.upstream_write {
+                upstream.arm_write();
+            }
+            ready |= upstream.take_up(cx);
         }
         if self.moved_down - self.widened_at >= WIDE_AFTER_BYTES {
             self.widened_at = self.moved_down;
-            self.client.widen();
+            self.sock.widen();
         }
-        let ready = self.client.take_up(cx) | self.upstream.take_up(cx);
         if let Some(verdict) = self.watch.verdict() {
             return Poll::Ready(Err(verdict));
         }

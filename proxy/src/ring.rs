@@ -76,7 +76,10 @@ impl Sock {
 
     /// Lets the send queue of this client, and what it receives from the upstream, grow out of a budget.
     pub fn draw_on(&mut self, memory: Rc<SendMemory>, upstream: &Self) {
-        self.room = Some(Box::new(Room::new(memory, &self.fd, &upstream.fd)));
+        match &mut self.room {
+            Some(room) => room.follow(&upstream.fd),
+            None => self.room = Some(Box::new(Room::new(memory, &self.fd, &upstream.fd))),
+        }
     }
 
     /// Takes up an EAGAIN of a write: true when there is room now and it is worth trying again.

@@ -73,6 +73,14 @@ impl Room {
         Self { memory, own_bytes, upstream: Rc::downgrade(upstream), wide: None }
     }
 
+    /// Goes on with another upstream.
+    pub fn follow(&mut self, upstream: &Rc<OwnedFd>) {
+        if !self.is_wide() {
+            let _ = socket::set_receive_autotuning(upstream.as_fd(), false);
+        }
+        self.upstream = Rc::downgrade(upstream);
+    }
+
     /// The queues may be long.
     pub fn is_wide(&self) -> bool {
         self.wide.as_ref().is_some_and(|wide| !wide.over.get())

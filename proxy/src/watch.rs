@@ -55,6 +55,11 @@ impl Watch {
         self.verdict.get()
     }
 
+    /// The process drains: who waits for something new to begin need not.
+    pub fn is_draining(&self) -> bool {
+        self.clock.draining.get()
+    }
+
     /// Wakes this task when there is a verdict.
     pub fn register(&self, waker: &Waker) {
         let mut slot = self.waker.borrow_mut();
@@ -89,6 +94,7 @@ pub struct Clock {
     started: Instant,
     now_ms: Cell<u64>,
     slots: RefCell<Slots>,
+    draining: Cell<bool>,
     cut: Cell<bool>,
 }
 
@@ -104,6 +110,7 @@ impl Clock {
             started: Instant::now(),
             now_ms: Cell::new(0),
             slots: RefCell::default(),
+            draining: Cell::new(false),
             cut: Cell::new(false),
         })
     }
@@ -147,6 +154,12 @@ impl Clock {
                 watch.pronounce(Verdict::TimedOut);
             }
         });
+    }
+
+    /// Tells every connection that the process drains.
+    pub fn drain(&self) {
+        self.draining.set(true);
+        self.each(|watch| watch.waker.borrow_mut().take().into_iter().for_each(Waker::wake));
     }
 
     /// Ends every connection, those to come included.

@@ -10,6 +10,7 @@ use crate::pipes::{Pipes, Share};
 use crate::probe::Kernel;
 use crate::relay::{self, Scratch};
 use crate::send_room::SendMemory;
+use crate::upstream::pool::Pool;
 use crate::watch::{Clock, TICK_MS};
 use std::cell::{Cell, RefCell};
 use std::io;
@@ -32,6 +33,16 @@ const CUT_GRACE: Duration = Duration::from_millis(500);
 pub struct Snapshot {
     pub config: Arc<Config>,
     pub tls: Arc<rustls::ServerConfig>,
+    /// The same for listeners of mode http: they speak HTTP/1.1, whatever other listeners offer.
+    pub http_tls: Arc<rustls::ServerConfig>,
+}
+
+impl Snapshot {
+    pub fn new(config: Arc<Config>, tls: Arc<rustls::ServerConfig>) -> Self {
+        let mut http = rustls::ServerConfig::clone(&tls);
+        http.alpn_protocols = vec![b"http/1.1".to_vec()];
+        Self { config, tls, http_tls: Arc::new(http) }
+    }
 }
 
 /// A bound, listening socket (SO_REUSEPORT, non-blocking) of one worker.
@@ -118,6 +129,7 @@ impl Core {
                 splice: snapshot.config.server.splice,
                 scratch: RefCell::new(Scratch::new()),
                 send_memory: SendMemory::new(send_cap(&snapshot.config)),
+                pool: Pool::default(),
             }),
             clock: Clock::new(),
             pipes,
@@ -170,6 +182,7 @@ async fn tick(core: Rc<Core>) {
         interval.tick().await;
         core.clock.tick();
         core.relay.send_memory.tick();
+        core.relay.pool.sweep();
     }
 }
 
@@ -204,6 +217,7 @@ fn reload(core: &Rc<Core>, listeners: &mut Vec<(SocketAddr, Rc<Listening>)>, ope
 }
 
 async fn drain(core: &Rc<Core>, listeners: Vec<(SocketAddr, Rc<Listening>)>, deadline: Instant) {
+    core.clock.drain();
     let retiring: Vec<_> = listeners.into_iter().map(|(_, l)| tokio_uring::spawn(retire(l))).collect();
     for one in retiring {
         let _ = one.await;

@@ -19,4 +19,5 @@ pub mod proxy;
 pub mod run;
 pub mod scrape;
 pub mod suite;
+pub mod talk;
 pub mod upstream;

@@ -7,6 +7,11 @@ pub mod door;
 pub mod drain;
 pub mod faults;
 pub mod first_request;
+pub mod http_bodies;
+pub mod http_hostile;
+pub mod http_programs;
+pub mod http_requests;
+pub mod http_smuggling;
 pub mod idle;
 pub mod java;
 pub mod key_update;
@@ -46,6 +51,11 @@ pub fn tests(env: &Environment) -> Vec<Test> {
     tests.extend(commands::tests(env));
     tests.extend(stalled_readers::tests(env));
     tests.extend(idle::tests(env));
+    tests.extend(http_requests::tests(env));
+    tests.extend(http_smuggling::tests(env));
+    tests.extend(http_hostile::tests(env));
+    tests.extend(http_bodies::tests(env));
+    tests.extend(http_programs::tests(env));
     tests
 }
 

@@ -52,7 +52,7 @@ const fn need(group: Group, program: &'static str, apt: &'static str, dnf: &'sta
     Need { group, present: Present::Program(program), apt, dnf, why }
 }
 
-const NEEDS: [Need; 22] = [
+const NEEDS: [Need; 25] = [
     need(Group::Build, "cc", "gcc libc6-dev", "gcc", "compiles the cryptography (aws-lc) and links"),
     Need {
         group: Group::Build,
@@ -83,6 +83,18 @@ const NEEDS: [Need; 22] = [
     need(Group::Uml, "taskset", "util-linux", "util-linux", "holds user-mode Linux to one CPU"),
     need(Group::Peers, "openssl", "openssl", "openssl", "is a client that the tests use"),
     need(Group::Peers, "curl", "curl", "curl-minimal", "is a client that the tests use"),
+    need(Group::Peers, "wrk", "wrk", "wrk", "is a client that the tests use"),
+    need(Group::Peers, "h2load", "nghttp2-client", "nghttp2", "is a client that the tests use"),
+    Need {
+        group: Group::Peers,
+        present: Present::AnyFile(&[
+            "/usr/lib/python3/dist-packages/websockets/__init__.py",
+            "/usr/lib64/python3/site-packages/websockets/__init__.py",
+        ]),
+        apt: "python3-websockets",
+        dnf: "python3-websockets",
+        why: "is a WebSocket client and server that the tests use",
+    },
     need(Group::Peers, "gnutls-cli", "gnutls-bin", "gnutls-utils", "is a client that the tests use"),
     need(
         Group::Peers,

@@ -1,7 +1,7 @@
 //! `tlsplice check`: would `run` take this file, and what would be offloaded on this host.
 
 use super::{Paint, show, show_json};
-use crate::config::{Config, Invalid, Offload, OffloadAfter, ServerAddress};
+use crate::config::{Config, Invalid, Mode, Offload, OffloadAfter, ServerAddress};
 use crate::control::start::{missing_directions, refuse_if_required};
 use crate::exit::{FINE, FOUND, Failure, USAGE};
 use crate::probe::Kernel;
@@ -47,6 +47,7 @@ struct Certificate {
 #[derive(Serialize)]
 struct Listener {
     address: String,
+    mode: &'static str,
     offload: &'static str,
     offload_after: String,
     upstream: String,
@@ -144,11 +145,15 @@ impl Report {
             let _ = writeln!(text, "certificate  {names}: {key}, chain of {chain_length}, until {not_after}");
             let _ = writeln!(text, "             {certificate_file}, key {key_file}");
         }
-        for Listener { address, offload, offload_after, upstream, servers } in &self.listeners {
+        for Listener { address, mode, offload, offload_after, upstream, servers } in &self.listeners {
+            if *mode == "redirect" {
+                let _ = writeln!(text, "listener     {address} -> https (mode redirect)");
+                continue;
+            }
             let servers = servers.join(", ");
             let _ = writeln!(
                 text,
-                "listener     {address} -> {upstream} ({servers}), offload {offload} after {offload_after}"
+                "listener     {address} -> {upstream} ({servers}), mode {mode}, offload {offload} after {offload_after}"
             );
         }
         if let Some(offload) = &self.offload {
@@ -201,8 +206,13 @@ impl Listener {
                 OffloadAfter::Auto => "auto".to_owned(),
                 OffloadAfter::Bytes(bytes) => format!("{bytes} bytes"),
             },
-            upstream: listener.upstream.name.clone(),
-            servers: listener.upstream.servers.iter().map(server).collect(),
+            mode: match listener.mode {
+                Mode::Tcp(_) => "tcp",
+                Mode::Http(_) => "http",
+                Mode::Redirect => "redirect",
+            },
+            upstream: listener.upstream().map(|u| u.name.clone()).unwrap_or_default(),
+            servers: listener.upstream().map(|u| u.servers.iter().map(server).collect()).unwrap_or_default(),
         }
     }
 }

@@ -8,7 +8,8 @@
 use super::problem::{Invalid, Problems, excerpt};
 use super::section::{Read, Section, allowed, because};
 use super::{
-    Config, Limits, Listener, Log, LogFormat, Offload, OffloadAfter, Policy, Server, SpliceMode, Tls, Upstream, value,
+    ClientAddress, Config, Http, Limits, Listener, Log, LogFormat, Mode, Offload, OffloadAfter, Policy, Server,
+    SpliceMode, Tls, Upstream, hsts, value,
 };
 use crate::tls::policy;
 use std::collections::HashMap;
@@ -21,12 +22,21 @@ use std::time::Duration;
 use toml::de::{DeTable, DeValue};
 
 /// Tables that the file may have, in the order of the contract.
-const SECTIONS: &str = "[server], [tls], [limits], [log], [[listener]], [[upstream]]";
+const SECTIONS: &str = "[server], [tls], [limits], [http], [log], [[listener]], [[upstream]]";
 
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(30);
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 const IDLE_TIMEOUT: Duration = Duration::from_secs(3600);
+/// A head is a few packets: who needs longer for it has no request.
+const HEAD_TIMEOUT: Duration = Duration::from_secs(30);
+const KEEP_ALIVE: Duration = Duration::from_secs(75);
+const RESPONSE_TIMEOUT: Duration = Duration::from_secs(60);
+/// Shorter than the time after which common upstreams close: Node 5 s with a grace, Apache 5 s, nginx 75 s.
+const UPSTREAM_IDLE: Duration = Duration::from_secs(4);
+const HEAD_BYTES: u64 = 32 << 10;
+/// Below, browsers with cookies fail; above, a head is held in memory for each connection that sends one.
+const HEAD_SIZES_BYTES: std::ops::RangeInclusive<u64> = 4 << 10..=1 << 20;
 const CONNECTIONS: u64 = 100_000;
 /// Each connection is two descriptors, and a process has at most 2^20 of them by Linux' own default (fs.nr_open).
 const CONNECTIONS_MAX: u64 = 10_000_000;
@@ -64,18 +74,18 @@ impl Config {
 fn read_document<'a>(problems: &mut Problems<'_>, document: &'a DeTable<'a>) -> Config {
     for name in document.keys() {
         match name.get_ref().as_ref() {
-            "server" | "tls" | "limits" | "log" | "listener" | "upstream" => {}
-            "http" => problems.add_not_built(name.span(), "[http]"),
+            "server" | "tls" | "limits" | "http" | "log" | "listener" | "upstream" => {}
             other => problems.add(name.span(), format!("unknown section \"{other}\"; allowed: {SECTIONS}")),
         }
     }
     let server = read_server(section(problems, document, "server"), problems);
     let tls = read_tls(section(problems, document, "tls"), problems);
     let limits = read_limits(section(problems, document, "limits"), problems);
+    let http = read_http(section(problems, document, "http"), problems);
     let log = read_log(section(problems, document, "log"), problems);
     let upstreams = read_upstreams(problems, document);
     let listeners = read_listeners(problems, document, &upstreams);
-    Config { server, tls, limits, log, listeners }
+    Config { server, tls, limits, http, log, listeners }
 }
 
 /// The table `[name]`; an absent one has no keys.
@@ -208,6 +218,24 @@ fn read_limits(mut section: Section<'_>, problems: &mut Problems<'_>) -> Limits 
     }
 }
 
+fn read_http(mut section: Section<'_>, problems: &mut Problems<'_>) -> Http {
+    let time = |problems: &mut Problems<'_>, section: &mut Section<'_>, key, default, range| {
+        section.take_or(problems, key, default, |v| value::duration(v, range))
+    };
+    let head_bytes = section.take_or(problems, "head_size", HEAD_BYTES, |v| value::size(v, HEAD_SIZES_BYTES));
+    let http = Http {
+        hsts: section.take_or(problems, "hsts", hsts::DEFAULT.to_owned(), hsts::hsts),
+        head_bytes: usize::try_from(head_bytes).unwrap_or(usize::MAX),
+        acme_challenge: section.take(problems, "acme_challenge", value::path).map(|(path, _)| path),
+        head_timeout: time(problems, &mut section, "head_timeout", HEAD_TIMEOUT, SHORT_TIMEOUTS),
+        keep_alive: time(problems, &mut section, "keep_alive", KEEP_ALIVE, SHORT_TIMEOUTS),
+        response_timeout: time(problems, &mut section, "response_timeout", RESPONSE_TIMEOUT, IDLE_TIMEOUTS),
+        upstream_idle: time(problems, &mut section, "upstream_idle", UPSTREAM_IDLE, DRAIN_TIMEOUTS),
+    };
+    section.finish(problems);
+    http
+}
+
 fn read_log(mut section: Section<'_>, problems: &mut Problems<'_>) -> Log {
     const FORMATS: &[(&str, LogFormat)] = &[("json", LogFormat::Json), ("text", LogFormat::Text)];
     const LEVELS: &[(&str, tracing::Level)] = &[
@@ -217,11 +245,14 @@ fn read_log(mut section: Section<'_>, problems: &mut Problems<'_>) -> Log {
         ("debug", tracing::Level::DEBUG),
         ("trace", tracing::Level::TRACE),
     ];
+    const ADDRESSES: &[(&str, ClientAddress)] =
+        &[("full", ClientAddress::Full), ("truncated", ClientAddress::Truncated)];
     let log = Log {
         format: section.take_or(problems, "format", LogFormat::Json, |v| value::word(v, FORMATS, &[])),
         level: section.take_or(problems, "level", tracing::Level::INFO, |v| value::word(v, LEVELS, &[])),
+        client_address: section
+            .take_or(problems, "client_address", ClientAddress::Full, |v| value::word(v, ADDRESSES, &[])),
     };
-    section.take_or(problems, "client_address", (), |v| value::word(v, &[("full", ())], &["truncated"]));
     section.finish(problems);
     log
 }
@@ -286,8 +317,16 @@ fn read_listener(
         None if section.has("address") => {}
         None => section.missing(problems, "address", "an IP address and a port, as in \"[::]:443\""),
     }
-    let mode = section.take(problems, "mode", |v| value::word(v, &[("tcp", ())], &["http", "redirect"]));
-    let mode_is_refused = mode.is_none() && section.has("mode");
+    const MODES: &[(&str, Word)] = &[("tcp", Word::Tcp), ("http", Word::Http), ("redirect", Word::Redirect)];
+    let mode_is_read = section.take(problems, "mode", |v| value::word(v, MODES, &[]));
+    let mode_is_refused = mode_is_read.is_none() && section.has("mode");
+    let word = mode_is_read.map_or(Word::Tcp, |(word, _)| word);
+    if word == Word::Redirect {
+        for key in ["upstream", "offload", "offload_after"].into_iter().filter(|key| section.has(key)) {
+            let why = format!("listener.{key}: mode = \"redirect\" has neither TLS nor an upstream; leave it out");
+            problems.add(section.span_of(key), why);
+        }
+    }
     let offload = section.take_or(problems, "offload", Offload::Auto, |v| value::word(v, OFFLOAD, &[]));
     let offload_after = section.take_or(problems, "offload_after", OffloadAfter::Auto, offload_after);
     section.take_or(problems, "accept_proxy", (), |v| value::word(v, &[("off", ())], PROXY_LATER));
@@ -305,8 +344,8 @@ fn read_listener(
             known
         }
         None => {
-            // A redirect has no upstream, and was refused already.
-            if !section.has("upstream") && !mode_is_refused {
+            // A mode that was refused may have been meant as one without an upstream.
+            if !section.has("upstream") && !mode_is_refused && word != Word::Redirect {
                 section.missing(problems, "upstream", "the name of an [[upstream]]");
             }
             None
@@ -314,7 +353,20 @@ fn read_listener(
     };
     section.finish(problems);
     let (address, _) = address?;
-    Some(Listener { address, offload, offload_after, upstream: upstream? })
+    let mode = match word {
+        Word::Tcp => Mode::Tcp(upstream?),
+        Word::Http => Mode::Http(upstream?),
+        Word::Redirect => Mode::Redirect,
+    };
+    Some(Listener { address, offload, offload_after, mode })
+}
+
+/// The mode before its upstream is known.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Word {
+    Tcp,
+    Http,
+    Redirect,
 }
 
 /// `"auto"`, 0 or a size.

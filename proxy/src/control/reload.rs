@@ -52,7 +52,7 @@ impl Terminator {
         }
         self.log.set_level(config.log.level);
         self.config = Arc::new(config);
-        let snapshot = Snapshot { config: Arc::clone(&self.config), tls };
+        let snapshot = Snapshot::new(Arc::clone(&self.config), tls);
         for (worker, open) in self.workers.iter().zip(open) {
             worker.send(Command::Reload { snapshot: snapshot.clone(), open });
         }

@@ -88,7 +88,7 @@ impl Terminator {
         let tls = policy::server_config(&config.tls, certificates.resolver(), &resumption)
             .map_err(|e| Failure::Usage(format!("[tls]: {e}")))?;
         let (config, kernel) = (Arc::new(config), Arc::new(kernel));
-        let snapshot = Snapshot { config: Arc::clone(&config), tls };
+        let snapshot = Snapshot::new(Arc::clone(&config), tls);
         let workers = open.drain(..).enumerate().map(|(index, sockets)| {
             Worker::spawn(index, snapshot.clone(), sockets, Arc::clone(&kernel))
                 .map_err(|e| Failure::Host(format!("start worker {index}: {e}")))

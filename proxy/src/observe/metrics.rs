@@ -1,6 +1,6 @@
 //! The counters of all workers as OpenMetrics text, added up at the moment of a scrape.
 
-use super::counters::{Count, Counters, Decline, End, Label};
+use super::counters::{Class, Count, Counters, Decline, End, Label};
 use super::log::DroppedLines;
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric};
@@ -91,6 +91,16 @@ impl Workers {
         family(to, "tlsplice_key_updates", "TLS 1.3 KeyUpdates past the door", &updates)
     }
 
+    fn http(&self, to: &mut DescriptorEncoder<'_>) -> fmt::Result {
+        let requests: Vec<_> =
+            Class::ALL.iter().map(|c| ([("status", c.name())], self.sum(|w| &w.requests[c.index()]))).collect();
+        let requests: Vec<(Labels<'_>, u64)> = requests.iter().map(|(labels, n)| (&labels[..], *n)).collect();
+        family(to, "tlsplice_http_requests", "Requests of mode http and redirect, by what was answered", &requests)?;
+        let (new, reused): (Labels<'_>, Labels<'_>) = (&[("state", "new")], &[("state", "reused")]);
+        let upstream = [(new, self.sum(|c| &c.upstream_new)), (reused, self.sum(|c| &c.upstream_reused))];
+        family(to, "tlsplice_http_upstream_connections", "Upstream connections that requests were sent on", &upstream)
+    }
+
     fn payload(&self, to: &mut DescriptorEncoder<'_>) -> fmt::Result {
         const IN_SPLICED: Labels<'_> = &[("direction", "in"), ("path", "spliced")];
         const IN_COPIED: Labels<'_> = &[("direction", "in"), ("path", "copied")];
@@ -113,6 +123,7 @@ impl Collector for Workers {
     fn encode(&self, mut to: DescriptorEncoder<'_>) -> fmt::Result {
         self.connections(&mut to)?;
         self.tls(&mut to)?;
+        self.http(&mut to)?;
         self.payload(&mut to)?;
         let Some(dropped) = &self.dropped_lines else { return Ok(()) };
         counter(&mut to, "tlsplice_log_lines_dropped", "Log lines that nobody read in time", dropped.get())

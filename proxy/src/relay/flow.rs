@@ -9,6 +9,7 @@ use crate::pipes::{Share, Taken};
 use crate::ring::{RingSplice, Sock};
 use crate::sys::socket;
 use std::io;
+use std::ops::Range;
 use std::rc::Rc;
 use std::task::{Context, Poll, ready};
 
@@ -52,6 +53,11 @@ impl Flow {
     /// A flow whose first bytes are those that the userspace relay could not hand on.
     pub fn new(splicer: Splicer, spare: Spare) -> Self {
         Self { splicer, phase: Phase::Drain, spare, pipe: None, in_flight: None, distrusts_link: false }
+    }
+
+    /// Splices are made by this one from now on; one in flight is not touched.
+    pub fn splice_by(&mut self, splicer: Splicer) {
+        self.splicer = splicer;
     }
 
     /// Bytes are wanted from the source.
@@ -99,6 +105,16 @@ impl Flow {
         debug_assert_eq!(self.in_pipe(), 0, "copied bytes would overtake those in the pipe");
         self.spare.push(bytes);
         self.phase = Phase::Drain;
+    }
+
+    /// Sends pieces of what was received at once, and keeps what the sink does not take. Nothing may be on the way.
+    pub fn hand_on(&mut self, sink: &Sock, received: &[u8], pieces: &[Range<usize>]) -> io::Result<()> {
+        debug_assert!(self.is_empty(), "bytes would overtake those on the way");
+        super::hand_on(sink, received, pieces, &mut self.spare)?;
+        if !self.spare.is_empty() {
+            self.phase = Phase::Drain;
+        }
+        Ok(())
     }
 
     /// Ends filling, for what is in the pipe to go out.

@@ -21,16 +21,23 @@ pub struct Failure {
     pub reason: String,
 }
 
-/// Connects, within what the watch allows for each server. `turn` counts the connections of this worker.
-pub async fn connect(upstream: &Upstream, turn: &Cell<usize>, watch: &Watch, each: Duration) -> Result<Sock, Failure> {
+/// Connects, within what the watch allows for each server; gives the server's place too. `turn` counts the connections
+/// of this worker.
+pub async fn connect(
+    upstream: &Upstream,
+    turn: &Cell<usize>,
+    watch: &Watch,
+    each: Duration,
+) -> Result<(Sock, usize), Failure> {
     let first = turn.replace(turn.get().wrapping_add(1));
     let mut failure = Failure { how: End::ConnectFailed, reason: String::new() };
     for n in 0..upstream.servers.len() {
-        let server = &upstream.servers[first.wrapping_add(n) % upstream.servers.len()];
+        let place = first.wrapping_add(n) % upstream.servers.len();
+        let server = &upstream.servers[place];
         watch.forgive();
         watch.allow(each);
         match one(server, watch).await {
-            Ok(sock) => return Ok(sock),
+            Ok(sock) => return Ok((sock, place)),
             Err(e) => {
                 let name = match server {
                     ServerAddress::Tcp(address) => address.to_string(),

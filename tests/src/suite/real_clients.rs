@@ -193,13 +193,13 @@ fn curl_with_ours(ctx: &Context, relay: Relay) -> Result<()> {
 }
 
 /// A real nginx with files of the pattern, and a way through to a server of ours for uploads.
-struct Nginx {
+pub struct Nginx {
     _process: Guarded,
-    address: SocketAddr,
+    pub address: SocketAddr,
 }
 
 impl Nginx {
-    fn start(ctx: &Context, behind: &str) -> Result<Self> {
+    pub fn start(ctx: &Context, behind: &str) -> Result<Self> {
         let address = loopback(free_port()?);
         let folder = ctx.environment.tmp.join(format!("nginx-{}", address.port()));
         fs::create_dir_all(folder.join("root"))?;
