@@ -113,8 +113,15 @@ fn half_close(ctx: &Context, relay: Relay) -> Result<()> {
             heard(&stream, "\r\n\r\n")?;
             std::thread::sleep(Duration::from_millis(100));
             let body = "z".repeat(3_000_000);
-            stream.send(format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\n\r\n{body}", body.len()).as_bytes())?;
-            let (got, how) = client.rest()?;
+            let answer = format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\n\r\n{body}", body.len());
+            // Not all of it fits between the two: it is read while it is sent.
+            let (sent, rest) = std::thread::scope(|scope| {
+                let sending = scope.spawn(|| stream.send(answer.as_bytes()));
+                let rest = client.rest();
+                (sending.join(), rest)
+            });
+            sent.expect("no panic in a send")?;
+            let (got, how) = rest?;
             ensure!(got.ends_with(&body) && how == How::CloseNotify, "{} bytes, {how:?}", got.len());
         }
     }
