@@ -1,6 +1,7 @@
 //! Builds, tests and demonstrates tlsplice. Each command is a file of its own; what they share lies beside them.
 
 mod apt;
+mod bench;
 mod bzimage;
 mod cache;
 mod ci;
@@ -41,6 +42,7 @@ struct Cli {
 enum Task {
     Setup(setup::Options),
     Demo(demo::Options),
+    Bench(bench::Options),
     Test(test::Options),
     Vm(vm::Options),
     Uml(uml::Options),
@@ -61,6 +63,7 @@ fn perform(task: Task) -> Result<i32> {
     match task {
         Task::Setup(options) => setup::command(&options),
         Task::Demo(options) => demo::command(&options),
+        Task::Bench(options) => bench::command(&options),
         Task::Test(options) => test::command(&options),
         Task::Vm(options) => vm::command(&options),
         Task::Uml(options) => uml::command(&options),
