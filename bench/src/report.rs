@@ -112,8 +112,7 @@ struct Line {
 fn cards(run: &Run, title: &str, figure: Figure, only: &[Kind]) -> String {
     let mut cards = String::new();
     for kind in run.kinds().into_iter().filter(|kind| only.is_empty() || only.contains(kind)) {
-        // An idle connection costs no CPU and has no rate.
-        if kind == Kind::Idle && figure != Figure::Memory {
+        if kind.holds_memory() && figure != Figure::Memory {
             continue;
         }
         let mut lines: Vec<Line> = run

@@ -121,16 +121,12 @@ impl Figure {
     /// Which of them a kind of work is about first of all.
     pub fn of(kind: Kind) -> Self {
         match kind {
-            Kind::Idle => Self::Memory,
+            // What a slow client takes in a second comes out of buffers that were filled before: its CPU says nothing.
+            Kind::Idle | Kind::Slow => Self::Memory,
             Kind::OpenLoop => Self::P99,
-            Kind::Handshake
-            | Kind::Resumed
-            | Kind::Churn
-            | Kind::Request
-            | Kind::Down
-            | Kind::Up
-            | Kind::Both
-            | Kind::Slow => Self::Cpu,
+            Kind::Handshake | Kind::Resumed | Kind::Churn | Kind::Request | Kind::Down | Kind::Up | Kind::Both => {
+                Self::Cpu
+            }
         }
     }
 

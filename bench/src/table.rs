@@ -84,7 +84,7 @@ fn short_unit(figure: Figure, kind: Kind) -> &'static str {
 }
 
 fn per_peer(run: &Run, title: &str, figure: Figure) -> String {
-    let kinds: Vec<Kind> = run.kinds().into_iter().filter(|kind| *kind != Kind::Idle).collect();
+    let kinds: Vec<Kind> = run.kinds().into_iter().filter(|kind| !kind.holds_memory()).collect();
     if kinds.is_empty() {
         return String::new();
     }
@@ -195,7 +195,10 @@ pub fn versus_best(run: &Run) -> String {
     if rows.len() == 1 {
         return String::new();
     }
-    format!("\ntlsplice against the best peer: CPU, memory where idle, p99 in the open loop\n{}", aligned(&rows))
+    format!(
+        "\ntlsplice against the best peer: CPU, memory of idle and of slow, p99 in the open loop\n{}",
+        aligned(&rows)
+    )
 }
 
 fn limit(run: &Run) -> String {
