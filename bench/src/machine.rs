@@ -58,10 +58,10 @@ pub fn hold_to(cpus: &[usize]) -> Result<()> {
     rustix::thread::sched_setaffinity(None, &set).context("hold the generator to its CPUs")
 }
 
-/// What the cheapest system call costs here, in ns: the least of some tries.
+/// What the cheapest system call costs here, in ns: the least of many tries, each so short that most of them meet nothing else.
 pub fn call_ns() -> f64 {
-    const TRIES: usize = 3;
-    const CALLS: u32 = 100_000;
+    const TRIES: usize = 400;
+    const CALLS: u32 = 200;
     let once = || {
         let since = Instant::now();
         for _ in 0..CALLS {

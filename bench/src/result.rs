@@ -167,6 +167,12 @@ impl Series {
     pub fn median(&self, figure: Figure) -> Option<f64> {
         statistics::median(&self.values(figure))
     }
+
+    /// Whether most of the CPU time is a correction, not a measurement.
+    pub fn is_rough(&self) -> bool {
+        let left: Vec<f64> = self.rounds.iter().map(|round| round.cpu_ns / round.gross_cpu_ns).collect();
+        statistics::median(&left).is_some_and(|share| share < 0.5)
+    }
 }
 
 impl Run {

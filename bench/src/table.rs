@@ -2,7 +2,7 @@
 
 use crate::load::{Kind, Unit};
 use crate::measure;
-use crate::result::{Figure, OURS, PERCENTILES, Run, aim};
+use crate::result::{Figure, OURS, PERCENTILES, Run, Series, aim};
 use crate::statistics;
 
 /// Where kernel TLS works, these are measured as well.
@@ -98,13 +98,22 @@ fn per_peer(run: &Run, title: &str, figure: Figure) -> String {
             let value = series.and_then(|series| series.median(figure)).map_or_else(|| "-".into(), number);
             // A resumption that did not take place is another measurement than the title says.
             let all_resumed = series.is_none_or(|s| s.rounds.iter().all(|r| r.resumed * 10 >= r.units * 9));
-            row.push(if *kind == Kind::Resumed && !all_resumed { format!("{value}*") } else { value });
+            let mark = if *kind == Kind::Resumed && !all_resumed { "*" } else { "" };
+            let rough = if figure == Figure::Cpu && series.is_some_and(Series::is_rough) { "~" } else { "" };
+            row.push(format!("{rough}{value}{mark}"));
         }
         rows.push(row);
     }
     let starred = rows.iter().flatten().any(|cell| cell.ends_with('*'));
-    let note = if starred { "* fewer than 9 of 10 connections were resumed\n" } else { "" };
-    format!("\n{title}\n{}{note}", aligned(&rows))
+    let rough = rows.iter().flatten().any(|cell| cell.starts_with('~'));
+    let mut notes = String::new();
+    if starred {
+        notes += "* fewer than 9 of 10 connections were resumed\n";
+    }
+    if rough {
+        notes += "~ rough: what was taken off for system calls is more than half of what was measured\n";
+    }
+    format!("\n{title}\n{}{notes}", aligned(&rows))
 }
 
 fn memory(run: &Run) -> String {
