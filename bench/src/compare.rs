@@ -62,7 +62,8 @@ fn row(before: &Run, after: &Run, kind: Kind, peer: &str) -> Option<Change> {
     let factor = statistics::median(&b)? / statistics::median(&a)?;
     let sure = |values: &[f64]| statistics::scatter(values) * MEDIAN_PENALTY / (values.len() as f64).sqrt();
     let noise = (sure(&a).powi(2) + sure(&b).powi(2)).sqrt();
-    let threshold = 1.0 + LEAST_CHANGE.max(LEAST_SIGMAS * noise);
+    let drift = unexplained_drift(before, after, kind, figure, &shared);
+    let threshold = 1.0 + LEAST_CHANGE.max(LEAST_SIGMAS * noise).max(drift);
     let worse = factor > threshold && statistics::chance_of_rising(&a, &b) <= LARGEST_CHANCE;
     let better = factor < 1.0 / threshold && statistics::chance_of_rising(&b, &a) <= LARGEST_CHANCE;
     let verdict = match (worse, better) {
@@ -81,6 +82,22 @@ fn shared_peers(before: &Run, after: &Run, kind: Kind, figure: Figure) -> Vec<(S
         Some((peer.to_owned(), statistics::median(&[a, b].concat())?))
     });
     known.filter(|(_, usual)| *usual > 0.0).collect()
+}
+
+/// By how much programs that nobody has changed differ between the two runs, beyond what they all share: a change of ours
+/// that is no larger proves nothing. The peers but the most changed one, so that one which stumbled hides no regression.
+fn unexplained_drift(before: &Run, after: &Run, kind: Kind, figure: Figure, shared: &[(String, f64)]) -> f64 {
+    if shared.len() < 2 {
+        return 0.0;
+    }
+    let of = |(peer, _): &(String, f64)| {
+        let others: Vec<_> = shared.iter().filter(|(other, _)| other != peer).cloned().collect();
+        let middle = |run| statistics::median(&corrected(run, kind, figure, peer, &others));
+        Some((middle(after)? / middle(before)?).ln().abs())
+    };
+    let mut drifts: Vec<f64> = shared.iter().filter_map(of).collect();
+    drifts.sort_by(f64::total_cmp);
+    drifts.iter().rev().nth(1).map_or(0.0, |drift| drift.exp() - 1.0)
 }
 
 /// The figures of a series, each divided by how busy the machine was in its round, as far as the peers tell.

@@ -10,6 +10,8 @@
 pub mod certificate;
 pub mod client;
 pub mod compare;
+#[path = "plugin/mark.rs"]
+pub mod insn_mark;
 pub mod load;
 pub mod machine;
 pub mod measure;

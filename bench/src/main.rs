@@ -97,6 +97,9 @@ struct RunOptions {
     /// What a system call costs on the machine itself, in ns, where this runs in user-mode Linux.
     #[arg(long, value_name = "NS")]
     native_call_ns: Option<f64>,
+    /// Mark begins and ends for a plugin that counts instructions, and tell each measurement in a line.
+    #[arg(long, hide = true)]
+    counted: bool,
     /// The commit that is measured, for the result.
     #[arg(long, default_value = "unknown")]
     commit: String,
@@ -264,6 +267,7 @@ fn run(options: &RunOptions) -> Result<()> {
         upload_bytes: options.upload_mib.unwrap_or(if options.quick { 32 } else { 192 }) << 20,
         limit: options.limit,
         native_call_ns: options.native_call_ns,
+        counted: options.counted,
         folder: work.0.clone(),
         commit: options.commit.clone(),
         budget: Duration::from_secs(options.budget.unwrap_or(if options.quick { QUICK_BUDGET_S } else { BUDGET_S })),

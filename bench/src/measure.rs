@@ -13,7 +13,7 @@ use crate::peers::{Peer, Program, Programs, Setup, Started};
 use crate::process::Usage;
 use crate::progress::Progress;
 use crate::result::{FORMAT, Figure, Limit, Round, Run, Series, Settings};
-use crate::{statistics, upstream};
+use crate::{insn_mark, statistics, upstream};
 use anyhow::{Context, Result, bail, ensure};
 use rustls::pki_types::ServerName;
 use std::net::{Ipv4Addr, SocketAddr};
@@ -46,6 +46,8 @@ pub struct Plan {
     pub limit: bool,
     /// What a system call costs on the machine itself, where this is not it.
     pub native_call_ns: Option<f64>,
+    /// In a guest whose instructions are counted: begins and ends are marked, and each measurement is told in a line.
+    pub counted: bool,
     pub folder: PathBuf,
     pub commit: String,
     /// Rounds that would not be done by then are not begun; the first always is.
@@ -71,6 +73,7 @@ pub fn run(plan: &Plan) -> Result<Run> {
         upstream,
         workers: plan.workers,
         cpus: cpus.as_ref().map(|(proxy, _)| named(proxy)),
+        bound_to_us: !plan.counted,
         descriptors,
         folder: plan.folder.clone(),
         kernel_tls: machine.kernel_tls,
@@ -217,7 +220,7 @@ impl Measuring<'_> {
             for peer in order {
                 progress.step(&format!("round {}, {}, {}", number + 1, kind.name(), peer.peer.name()));
                 std::thread::sleep(PAUSE);
-                match measure(&self.setup, peer, &load, self.run.settings.call_ns) {
+                match measure(&self.setup, peer, &load, self.run.settings.call_ns, self.plan.counted) {
                     Ok(round) => self.keep(*kind, peer.peer, round),
                     Err(error) => {
                         let said = peer.process.said();
@@ -265,7 +268,7 @@ impl Measuring<'_> {
                 let started = self.setup.start(peer)?;
                 for kind in [Kind::Down, Kind::Up] {
                     std::thread::sleep(PAUSE);
-                    let round = measure(&self.setup, &started, &self.load(kind), self.run.settings.call_ns)?;
+                    let round = measure(&self.setup, &started, &self.load(kind), self.run.settings.call_ns, false)?;
                     let values = match (peer, kind) {
                         (Peer::CopyRelay, Kind::Down) => &mut limit.copy_down,
                         (Peer::CopyRelay, _) => &mut limit.copy_up,
@@ -292,13 +295,22 @@ fn target(setup: &Setup, started: &Started) -> Result<Target> {
 }
 
 /// One peer, one kind of work, once.
-fn measure(setup: &Setup, started: &Started, load: &Load, call_ns: Option<(f64, f64)>) -> Result<Round> {
+fn measure(setup: &Setup, started: &Started, load: &Load, call_ns: Option<(f64, f64)>, counted: bool) -> Result<Round> {
     let target = target(setup, started)?;
     let mut usages: Vec<(Mark, Usage)> = Vec::new();
     let outcome = load::run(&target, load, &mut |mark| {
+        if counted && mark == Mark::End {
+            insn_mark::end();
+        }
         usages.push((mark, started.process.usage()?));
+        if counted && mark == Mark::Begin {
+            insn_mark::begin();
+        }
         Ok(())
     })?;
+    if counted {
+        println!("COUNTED {} {} {}", load.kind.name(), started.peer.name(), outcome.units);
+    }
     let at = |mark: Mark| usages.iter().find(|(m, _)| *m == mark).map(|(_, usage)| usage);
     let (Some(before), Some(begin), Some(end)) = (at(Mark::Before), at(Mark::Begin), at(Mark::End)) else {
         bail!("the run told not when it began and ended");

@@ -22,6 +22,8 @@ pub enum Peer {
     TlspliceUserspace,
     /// The kernel from the first byte.
     TlspliceKernel,
+    /// The same, with splices on io_uring's own threads.
+    TlspliceRing,
     NginxStream,
     NginxStreamKtls,
     NginxHttp,
@@ -41,6 +43,7 @@ impl Peer {
             Self::Tlsplice,
             Self::TlspliceUserspace,
             Self::TlspliceKernel,
+            Self::TlspliceRing,
             Self::NginxStream,
             Self::NginxStreamKtls,
             Self::NginxHttp,
@@ -55,7 +58,11 @@ impl Peer {
     /// Without kernel TLS these are what their neighbours are anyway.
     fn needs_kernel_tls(self) -> bool {
         match self {
-            Self::TlspliceUserspace | Self::TlspliceKernel | Self::NginxStreamKtls | Self::NginxHttpKtls => true,
+            Self::TlspliceUserspace
+            | Self::TlspliceKernel
+            | Self::TlspliceRing
+            | Self::NginxStreamKtls
+            | Self::NginxHttpKtls => true,
             Self::Tlsplice
             | Self::NginxStream
             | Self::NginxHttp
@@ -72,6 +79,7 @@ impl Peer {
             Self::Tlsplice => OURS,
             Self::TlspliceUserspace => "tlsplice-userspace",
             Self::TlspliceKernel => "tlsplice-kernel",
+            Self::TlspliceRing => "tlsplice-ring",
             Self::NginxStream => "nginx-stream",
             Self::NginxStreamKtls => "nginx-stream-ktls",
             Self::NginxHttp => "nginx-http",
@@ -86,7 +94,7 @@ impl Peer {
 
     pub fn program(self) -> Program {
         match self {
-            Self::Tlsplice | Self::TlspliceUserspace | Self::TlspliceKernel => Program::Tlsplice,
+            Self::Tlsplice | Self::TlspliceUserspace | Self::TlspliceKernel | Self::TlspliceRing => Program::Tlsplice,
             Self::NginxStream | Self::NginxStreamKtls | Self::NginxHttp | Self::NginxHttpKtls => Program::Nginx,
             Self::HaproxyTcp | Self::HaproxyHttp => Program::Haproxy,
             Self::Hitch => Program::Hitch,
@@ -198,6 +206,8 @@ pub struct Setup {
     pub workers: usize,
     /// As `taskset -c` takes them.
     pub cpus: Option<String>,
+    /// They end when we do, whatever ends us; a guest that goes off needs no such thing, and its small tools have none.
+    pub bound_to_us: bool,
     /// How many descriptors a process may have.
     pub descriptors: u64,
     /// For configurations and logs.
@@ -219,7 +229,10 @@ impl Setup {
         let address = free_address()?;
         let folder = self.folder.join(peer.name());
         fs::create_dir_all(&folder).with_context(|| format!("create {}", folder.display()))?;
-        let mut words: Vec<OsString> = ["setpriv", "--pdeathsig", "TERM", "--"].map(OsString::from).to_vec();
+        let mut words: Vec<OsString> = Vec::new();
+        if self.bound_to_us {
+            words.extend(["setpriv", "--pdeathsig", "TERM", "--"].map(OsString::from));
+        }
         if let Some(cpus) = &self.cpus {
             words.extend(["taskset".into(), "-c".into(), cpus.into()]);
         }
@@ -238,7 +251,7 @@ impl Setup {
         let write = |text: String| fs::write(&config, text).with_context(|| format!("write {}", config.display()));
         let file = config.clone().into_os_string();
         match peer {
-            Peer::Tlsplice | Peer::TlspliceUserspace | Peer::TlspliceKernel => {
+            Peer::Tlsplice | Peer::TlspliceUserspace | Peer::TlspliceKernel | Peer::TlspliceRing => {
                 write(self.tlsplice(peer, address))?;
                 Ok(vec!["run".into(), "--config".into(), file])
             }
@@ -268,16 +281,17 @@ impl Setup {
     fn tlsplice(&self, peer: Peer, address: SocketAddr) -> String {
         let offload = match peer {
             Peer::TlspliceUserspace => "offload = \"off\"\n",
-            Peer::TlspliceKernel => "offload = \"require\"\noffload_after = 0\n",
+            Peer::TlspliceKernel | Peer::TlspliceRing => "offload = \"require\"\noffload_after = 0\n",
             _ if self.kernel_tls => "offload = \"require\"\n",
             _ => "offload = \"off\"\n",
         };
         let (chain, key) = (&self.certificate.chain, &self.certificate.key);
         format!(
-            "[server]\nworkers = {}\n{}[tls]\ncertificates = [{:?}, {:?}]\n[log]\nlevel = \"warn\"\n\
+            "[server]\nworkers = {}\nsplice = {:?}\n{}[tls]\ncertificates = [{:?}, {:?}]\n[log]\nlevel = \"warn\"\n\
              [[listener]]\naddress = \"{address}\"\n{offload}upstream = \"u\"\n\
              [[upstream]]\nname = \"u\"\nservers = [\"{}\"]\n",
             self.workers,
+            if peer == Peer::TlspliceRing { "ring" } else { "auto" },
             // A user of that name may exist here; the files of a run are ours alone.
             if is_root() { "user = \"root\"\n" } else { "" },
             chain.display().to_string(),

@@ -6,7 +6,7 @@ use crate::result::{Figure, OURS, PERCENTILES, Run, Series, aim};
 use crate::statistics;
 
 /// Where kernel TLS works, these are measured as well.
-const OWN_VARIANTS: [&str; 3] = [OURS, "tlsplice-userspace", "tlsplice-kernel"];
+const OWN_VARIANTS: [&str; 4] = [OURS, "tlsplice-userspace", "tlsplice-kernel", "tlsplice-ring"];
 
 /// All tables.
 pub fn show(run: &Run) -> String {

@@ -8,6 +8,7 @@ mod ci;
 mod demo;
 mod first_process;
 mod image;
+mod insn;
 mod kernels;
 mod peers;
 mod process;
@@ -43,6 +44,7 @@ enum Task {
     Setup(setup::Options),
     Demo(demo::Options),
     Bench(bench::Options),
+    Insn(insn::Options),
     Test(test::Options),
     Vm(vm::Options),
     Uml(uml::Options),
@@ -64,6 +66,7 @@ fn perform(task: Task) -> Result<i32> {
         Task::Setup(options) => setup::command(&options),
         Task::Demo(options) => demo::command(&options),
         Task::Bench(options) => bench::command(&options),
+        Task::Insn(options) => insn::command(&options),
         Task::Test(options) => test::command(&options),
         Task::Vm(options) => vm::command(&options),
         Task::Uml(options) => uml::command(&options),
