@@ -9,7 +9,7 @@ use crate::certificate::{Certificate, NAME};
 use crate::client::{self, Protection, Target, Trust};
 use crate::load::{self, Kind, Load, Mark, Unit};
 use crate::machine::{self, Machine};
-use crate::peers::{Peer, Program, Programs, Setup, Started};
+use crate::peers::{self, Peer, Program, Programs, Setup, Started};
 use crate::process::Usage;
 use crate::progress::Progress;
 use crate::result::{FORMAT, Figure, Limit, Round, Run, Series, Settings};
@@ -66,13 +66,12 @@ pub fn run(plan: &Plan) -> Result<Run> {
     }
     let certificate = Certificate::make(&plan.folder)?;
     let upstream = upstream::start(SocketAddr::from((Ipv4Addr::LOCALHOST, 0)))?;
-    let named = |cpus: &[usize]| cpus.iter().map(usize::to_string).collect::<Vec<_>>().join(",");
     let setup = Setup {
         programs: plan.programs.clone(),
         certificate,
         upstream,
         workers: plan.workers,
-        cpus: cpus.as_ref().map(|(proxy, _)| named(proxy)),
+        cpus: cpus.as_ref().map(|(proxy, _)| proxy.clone()),
         bound_to_us: !plan.counted,
         descriptors,
         folder: plan.folder.clone(),
@@ -82,8 +81,8 @@ pub fn run(plan: &Plan) -> Result<Run> {
         rounds: plan.rounds,
         seconds: plan.seconds,
         workers: plan.workers,
-        proxy_cpus: setup.cpus.clone(),
-        load_cpus: cpus.as_ref().map(|(_, load)| named(load)),
+        proxy_cpus: setup.cpus.as_deref().map(peers::listed),
+        load_cpus: cpus.as_ref().map(|(_, load)| peers::listed(load)),
         protection: "TLS 1.3, TLS_AES_256_GCM_SHA384, X25519MLKEM768, ECDSA P-256".into(),
         call_ns,
         open_rate: None,
@@ -297,6 +296,9 @@ fn target(setup: &Setup, started: &Started) -> Result<Target> {
 /// One peer, one kind of work, once.
 fn measure(setup: &Setup, started: &Started, load: &Load, call_ns: Option<(f64, f64)>, counted: bool) -> Result<Round> {
     let target = target(setup, started)?;
+    if let Some(cpus) = &setup.cpus {
+        started.process.hold_to(cpus)?;
+    }
     let mut usages: Vec<(Mark, Usage)> = Vec::new();
     let outcome = load::run(&target, load, &mut |mark| {
         if counted && mark == Mark::End {

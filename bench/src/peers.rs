@@ -204,8 +204,7 @@ pub struct Setup {
     pub certificate: Certificate,
     pub upstream: SocketAddr,
     pub workers: usize,
-    /// As `taskset -c` takes them.
-    pub cpus: Option<String>,
+    pub cpus: Option<Vec<usize>>,
     /// They end when we do, whatever ends us; a guest that goes off needs no such thing, and its small tools have none.
     pub bound_to_us: bool,
     /// How many descriptors a process may have.
@@ -234,7 +233,7 @@ impl Setup {
             words.extend(["setpriv", "--pdeathsig", "TERM", "--"].map(OsString::from));
         }
         if let Some(cpus) = &self.cpus {
-            words.extend(["taskset".into(), "-c".into(), cpus.into()]);
+            words.extend(["taskset".into(), "-c".into(), listed(cpus).into()]);
         }
         words.extend(self.programs.words(peer.program())?);
         words.extend(self.arguments(peer, address, &folder)?);
@@ -376,6 +375,11 @@ impl Setup {
 fn relay(mode: &str, listen: SocketAddr, upstream: SocketAddr) -> Vec<OsString> {
     let (listen, upstream) = (listen.to_string(), upstream.to_string());
     ["plain-relay", "--mode", mode, "--listen", &listen, "--upstream", &upstream].map(OsString::from).to_vec()
+}
+
+/// As `taskset -c` takes them.
+pub fn listed(cpus: &[usize]) -> String {
+    cpus.iter().map(usize::to_string).collect::<Vec<_>>().join(",")
 }
 
 fn is_root() -> bool {

@@ -61,6 +61,27 @@ impl Running {
         lines[lines.len().saturating_sub(8)..].join(" | ")
     }
 
+    /// Holds all its threads to some CPUs, even if it has chosen others itself: hitch's workers do, and would then share one
+    /// with the generator while the other peers do not.
+    pub fn hold_to(&self, cpus: &[usize]) -> Result<()> {
+        let mut set = rustix::thread::CpuSet::new();
+        cpus.iter().for_each(|cpu| set.set(*cpu));
+        for pid in family(self.pid()) {
+            for task in fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten() {
+                let tid = task.file_name().to_str().and_then(|name| name.parse().ok()).and_then(Pid::from_raw);
+                // A thread that has ended meanwhile, or one of the kernel's, is held to nothing.
+                let _ = tid.map(|tid| rustix::thread::sched_setaffinity(Some(tid), &set));
+            }
+        }
+        let held = |pid: u32| {
+            let pid = i32::try_from(pid).ok().and_then(Pid::from_raw)?;
+            rustix::thread::sched_getaffinity(Some(pid)).ok()
+        };
+        let loose = family(self.pid()).into_iter().find(|pid| held(*pid).is_some_and(|of| of != set));
+        ensure!(loose.is_none(), "process {loose:?} does not stay on its CPUs");
+        Ok(())
+    }
+
     /// What it has used so far.
     pub fn usage(&self) -> Result<Usage> {
         Usage::of(self.pid())
