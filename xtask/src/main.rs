@@ -1,12 +1,14 @@
 //! Builds, tests and demonstrates tlsplice. Each command is a file of its own; what they share lies beside them.
 
 mod apt;
+mod bench;
 mod bzimage;
 mod cache;
 mod ci;
 mod demo;
 mod first_process;
 mod image;
+mod insn;
 mod kernels;
 mod peers;
 mod process;
@@ -41,6 +43,8 @@ struct Cli {
 enum Task {
     Setup(setup::Options),
     Demo(demo::Options),
+    Bench(bench::Options),
+    Insn(insn::Options),
     Test(test::Options),
     Vm(vm::Options),
     Uml(uml::Options),
@@ -61,6 +65,8 @@ fn perform(task: Task) -> Result<i32> {
     match task {
         Task::Setup(options) => setup::command(&options),
         Task::Demo(options) => demo::command(&options),
+        Task::Bench(options) => bench::command(&options),
+        Task::Insn(options) => insn::command(&options),
         Task::Test(options) => test::command(&options),
         Task::Vm(options) => vm::command(&options),
         Task::Uml(options) => uml::command(&options),
