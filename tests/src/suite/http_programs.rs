@@ -10,6 +10,7 @@ use crate::talk::{connect, setup_with};
 use crate::upstream::{Kind, Upstream};
 use anyhow::{Context as _, Result, ensure};
 use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
 
 pub fn tests(env: &Environment) -> Vec<Test> {
     // The guests' images hold neither wrk nor h2load.
@@ -61,8 +62,13 @@ fn load(ctx: &Context, setup: &Setup, url: &str) -> Result<()> {
     let before = requests(setup)?;
     let text = run("h2load", &["--h1", "-n", "2000", "-c", "20", "-m", "5", url])?;
     ensure!(text.contains("2000 succeeded, 0 failed, 0 errored, 0 timeout"), "h2load: {text}");
-    // A wrk before it may have left some that were counted late.
-    ensure!(requests(setup)? >= before + 2000, "h2load's requests are not counted");
+    // A request is counted once its response has been handed on, so the last ones after their client has ended; and a
+    // wrk before it may have left some.
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while requests(setup)? < before + 2000 {
+        ensure!(Instant::now() < deadline, "h2load's requests are not counted");
+        std::thread::sleep(Duration::from_millis(20));
+    }
     let text = run("wrk", &["-t", "1", "-c", "20", "-d", "2s", url])?;
     ensure!(!text.contains("Socket errors") && !text.contains("Non-2xx"), "wrk: {text}");
     let rate = text.lines().find(|line| line.contains("Requests/sec")).context("wrk says no rate")?;
