@@ -65,17 +65,11 @@ struct About {
 /// The spine. What waits holds only the stage it is in: each is boxed, and moves into the next without an await.
 /// `_place` counts the connection until it is closed.
 pub async fn serve(accepted: Box<Accepted>, _place: Place, worker: Rc<Worker>) {
-    let Accepted { client, peer, listener, share, turn, snapshot, watch } = *accepted;
-    let peer = Peer::new(peer, snapshot.config.log.client_address);
-    let about = About { peer, listener, turn, snapshot, worker: worker.clone(), began: Instant::now() };
-    let sock = Sock::new(client);
-    let _ = socket::set_nodelay(sock.fd());
-    let client = Client::new(sock, watch, worker, share);
-
-    let closing = match about.listener.mode.clone() {
+    let (client, about) = begin(*accepted, worker);
+    let closing = match &about.listener.mode {
         Mode::Tcp(upstream) => {
             let Some(shaken) = Box::pin(shake_hands(client, &about)).await else { return };
-            let Some(relay) = Box::pin(connect_upstream(shaken, &upstream, &about)).await else { return };
+            let Some(relay) = Box::pin(connect_upstream(shaken, upstream, &about)).await else { return };
             relay_to_end(relay, &about).await
         }
         Mode::Http(upstream) => {
@@ -87,10 +81,20 @@ pub async fn serve(accepted: Box<Accepted>, _place: Place, worker: Rc<Worker>) {
     closing.await;
 }
 
+/// Not a part of the future above, which would keep room for each of these to its end.
+fn begin(accepted: Accepted, worker: Rc<Worker>) -> (Box<Client>, About) {
+    let Accepted { client, peer, listener, share, turn, snapshot, watch } = accepted;
+    let peer = Peer::new(peer, snapshot.config.log.client_address);
+    let about = About { peer, listener, turn, snapshot, worker: worker.clone(), began: Instant::now() };
+    let sock = Sock::new(client);
+    let _ = socket::set_nodelay(sock.fd());
+    (Box::new(Client::new(sock, watch, worker, share)), about)
+}
+
 /// Mode http.
-async fn requests((tls, door): (UserTls, Door), upstream: Arc<Upstream>, about: &About) -> Closing {
+async fn requests((tls, door): (UserTls, Door), upstream: &Arc<Upstream>, about: &About) -> Closing {
     let near = Near::new(Downstream::user(tls), door);
-    match http::serve(near, &service(upstream, about)).await {
+    match http::serve(near, &service(upstream.clone(), about)).await {
         Over::Closed(closed) => about.close(*closed),
         Over::User(relay) => relay_to_end(relay, about).await,
         Over::Kernel(relay) => relay_behind(relay, about).await,
@@ -98,8 +102,8 @@ async fn requests((tls, door): (UserTls, Door), upstream: Arc<Upstream>, about: 
 }
 
 /// Mode redirect.
-async fn redirects(client: Client, about: &About) -> Closing {
-    let near = Near::new(Downstream::plain(client), Door::Shut);
+async fn redirects(client: Box<Client>, about: &About) -> Closing {
+    let near = Near::new(Downstream::plain(*client), Door::Shut);
     about.close(redirect::serve(near, about.peer, &about.snapshot.config.http).await)
 }
 
@@ -163,8 +167,8 @@ fn pass(relay: Box<Userspace>) -> Passed {
 }
 
 /// The handshake, up to the keys and the plan for the door. `None`: the connection has ended there.
-async fn shake_hands(client: Client, about: &About) -> Option<(UserTls, Door)> {
-    let Client { sock: mut client, watch, worker, share, .. } = client;
+async fn shake_hands(client: Box<Client>, about: &About) -> Option<(UserTls, Door)> {
+    let Client { sock: mut client, watch, worker, share, .. } = *client;
     let About { listener, snapshot, .. } = about;
     let limits = &snapshot.config.limits;
     let tls = match listener.mode {

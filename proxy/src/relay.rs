@@ -196,57 +196,56 @@ pub fn timed_out(up: Up, down: Down, verdict: Verdict) -> Ended {
     Ended::abort(how)
 }
 
-/// Bytes of ours on their way out: what a send did not take.
+/// Bytes of ours on their way out: what a send did not take. A connection has several, and mostly they are empty: then
+/// each is a pointer and no more.
 #[derive(Default)]
-pub struct Spare {
+pub struct Spare(Option<Box<Unsent>>);
+
+/// Never without a byte that is still to be sent.
+#[derive(Default)]
+struct Unsent {
     bytes: Vec<u8>,
     at: usize,
 }
 
 impl Spare {
     pub fn is_empty(&self) -> bool {
-        self.at == self.bytes.len()
+        self.0.is_none()
     }
 
     /// Unsent bytes.
     pub fn len(&self) -> usize {
-        self.bytes.len() - self.at
+        self.0.as_ref().map_or(0, |unsent| unsent.bytes.len() - unsent.at)
     }
 
     pub fn push(&mut self, bytes: &[u8]) {
-        self.bytes.extend_from_slice(bytes);
+        if !bytes.is_empty() {
+            self.0.get_or_insert_default().bytes.extend_from_slice(bytes);
+        }
     }
 
     pub fn clear(&mut self) {
-        *self = Self::default();
+        self.0 = None;
     }
 
     /// Sends what is there. True when nothing is left; the memory is given back then.
     pub fn flush(&mut self, to: &mut Sock) -> io::Result<bool> {
-        while !self.is_empty() {
+        while let Some(unsent) = &mut self.0 {
             if !to.writable {
                 return Ok(false);
             }
-            let wanted = self.len();
-            let n = send(to, &self.bytes[self.at..])?;
-            self.at += n;
-            if n < wanted && !to.writable {
-                return Ok(false);
+            unsent.at += send(to, &unsent.bytes[unsent.at..])?;
+            if unsent.at == unsent.bytes.len() {
+                self.0 = None;
             }
         }
-        *self = Self::default();
         Ok(true)
     }
 
     /// Sends `bytes` after what is there already, and keeps what is not taken.
     pub fn send(&mut self, to: &mut Sock, bytes: &[u8]) -> io::Result<()> {
-        let mut at = 0;
-        if self.flush(to)? {
-            at = send(to, bytes)?;
-        }
-        if at < bytes.len() {
-            self.bytes.extend_from_slice(&bytes[at..]);
-        }
+        let at = if self.flush(to)? { send(to, bytes)? } else { 0 };
+        self.push(&bytes[at..]);
         Ok(())
     }
 }
