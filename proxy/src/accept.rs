@@ -197,7 +197,7 @@ fn admit(client: OwnedFd, peer: SocketAddr, listening: &Listening, core: &Rc<Cor
         snapshot,
     });
     let relay = core.relay.clone();
-    tokio_uring::spawn(serve(accepted, place, relay));
+    tokio_uring::spawn(Box::pin(serve(accepted, place, relay)));
 }
 
 /// One connection's place under `limits.connections`, given back when dropped.

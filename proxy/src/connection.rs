@@ -202,8 +202,8 @@ async fn shake_hands(client: Box<Client>, about: &About) -> Option<(UserTls, Doo
             return None;
         }
     };
-    tracing::debug!(peer = %about.peer, suite = ?keys.ring.suite.suite(), ?group, "handshake complete");
-    let door = offload::plan(listener, &worker.kernel, keys.ring.suite).unwrap_or_else(|why| {
+    tracing::debug!(peer = %about.peer, suite = ?keys.ring.suite().suite(), ?group, "handshake complete");
+    let door = offload::plan(listener, &worker.kernel, keys.ring.suite()).unwrap_or_else(|why| {
         worker.counters.declined(why);
         Door::Shut
     });

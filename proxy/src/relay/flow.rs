@@ -35,8 +35,8 @@ pub struct Flow {
     phase: Phase,
     spare: Spare,
     pipe: Option<Taken>,
-    /// On the ring: a fill in phase Fill, a drain in phase Drain.
-    in_flight: Option<RingSplice>,
+    /// On the ring: a fill in phase Fill, a drain in phase Drain. Boxed, as an idle connection has none.
+    in_flight: Option<Box<RingSplice>>,
     /// A splice linked behind a poll found the sink full all the same: its `writable` has to come first.
     distrusts_link: bool,
 }
@@ -128,7 +128,7 @@ impl Flow {
         let result = match self.splicer {
             Splicer::Inline => pipe.pipe().fill_from(source.fd(), max),
             Splicer::Ring => {
-                let op = self.in_flight.get_or_insert_with(|| RingSplice::fill(source, pipe.pipe(), max));
+                let op = self.in_flight.get_or_insert_with(|| Box::new(RingSplice::fill(source, pipe.pipe(), max)));
                 let result = ready!(op.poll(cx));
                 self.in_flight = None;
                 result
@@ -176,7 +176,8 @@ impl Flow {
             Splicer::Ring if self.distrusts_link && !sink.writable && self.in_flight.is_none() => return Poll::Pending,
             Splicer::Inline => pipe.pipe().drain_into(sink.fd(), pipe.bytes),
             Splicer::Ring => {
-                let op = self.in_flight.get_or_insert_with(|| RingSplice::drain(pipe.pipe(), sink, pipe.bytes));
+                let op =
+                    self.in_flight.get_or_insert_with(|| Box::new(RingSplice::drain(pipe.pipe(), sink, pipe.bytes)));
                 let result = ready!(op.poll(cx));
                 self.in_flight = None;
                 result
