@@ -9,6 +9,7 @@ use crate::observe::counters::Counters;
 use crate::pipes::{Pipes, Share};
 use crate::probe::Kernel;
 use crate::relay::{self, Scratch};
+use crate::tls::policy::Negotiation;
 use crate::watch::{Clock, TICK_MS};
 use std::cell::{Cell, RefCell};
 use std::io;
@@ -30,7 +31,7 @@ const CUT_GRACE: Duration = Duration::from_millis(500);
 #[derive(Clone)]
 pub struct Snapshot {
     pub config: Arc<Config>,
-    pub tls: Arc<rustls::ServerConfig>,
+    pub tls: Negotiation,
 }
 
 /// A bound, listening socket (SO_REUSEPORT, non-blocking) of one worker.
