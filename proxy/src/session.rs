@@ -67,9 +67,9 @@ impl Session {
                 break;
             }
             upto += len;
-            if let Some(refusal) = self.refused_at_the_gate(&wire[..upto]) {
-                out.extend_from_slice(&refusal.alert_record());
-                fed.error = Some(Error::General(refusal.to_string()));
+            if let Some((why, alert)) = self.refused_at_the_gate(&wire[..upto]) {
+                out.extend_from_slice(&alert);
+                fed.error = Some(Error::General(why.to_string()));
                 break;
             }
             self.process(&mut wire[..upto], &mut fed, out);
@@ -81,15 +81,15 @@ impl Session {
         fed
     }
 
-    /// rustls does not know the fallback signal, and has no alert for names, so the ClientHello is read before.
-    fn refused_at_the_gate(&mut self, wire: &[u8]) -> Option<Refusal> {
+    /// rustls does not know the fallback signal and lacks two alerts, so the ClientHello is read before.
+    fn refused_at_the_gate(&mut self, wire: &[u8]) -> Option<(Refusal, [u8; 7])> {
         match self.gate.as_ref()?.judge(wire) {
             Judgement::Incomplete => None,
             Judgement::Passes => {
                 self.gate = None;
                 None
             }
-            Judgement::Refused(refusal) => Some(refusal),
+            Judgement::Refused { why, alert } => Some((why, alert)),
         }
     }
 

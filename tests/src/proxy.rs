@@ -33,6 +33,7 @@ pub struct Settings {
     /// Lines of `[server]`, `[limits]` and `[tls]` beside the harness's own.
     pub server: Vec<String>,
     pub limits: Vec<String>,
+    pub tls: Vec<String>,
     pub certificates: Vec<PathBuf>,
 }
 
@@ -45,6 +46,7 @@ impl Settings {
             listeners: Vec::new(),
             server: vec!["drain_timeout = \"20s\"".into()],
             limits: Vec::new(),
+            tls: Vec::new(),
             certificates: vec![ecdsa.chain.clone(), ecdsa.key.clone()],
         })
     }
@@ -59,6 +61,12 @@ impl Settings {
 
     pub fn limit(mut self, line: &str) -> Self {
         self.limits.push(line.to_owned());
+        self
+    }
+
+    /// A line of `[tls]`.
+    pub fn tls(mut self, line: &str) -> Self {
+        self.tls.push(line.to_owned());
         self
     }
 
@@ -80,7 +88,9 @@ impl Settings {
             }
         };
         lines(&self.server);
-        lines(&["[tls]".into(), format!("certificates = [{}]", files.join(", ")), "[limits]".into()]);
+        lines(&["[tls]".into(), format!("certificates = [{}]", files.join(", "))]);
+        lines(&self.tls);
+        lines(&["[limits]".into()]);
         lines(&self.limits);
         for (index, listener) in self.listeners.iter().enumerate() {
             let Listener { address, offload, offload_after, server } = listener;

@@ -7,6 +7,7 @@ mod ci;
 mod demo;
 mod first_process;
 mod image;
+mod judges;
 mod kernels;
 mod peers;
 mod process;

@@ -27,7 +27,9 @@ use tokio::task::JoinHandle;
 /// One question, from the name's look-up to the last byte.
 const FETCH_TIMEOUT: Duration = Duration::from_secs(10);
 const ANSWER_MAX_BYTES: usize = 64 << 10;
-const RETRY_MAX: Duration = Duration::from_secs(3600);
+/// The longest wait before a responder that fails is asked again: ten minutes by default.
+const RETRY_MAX_POLLS: u32 = 60;
+const RETRY_FIRST_POLLS: u32 = 3;
 /// A staple that ends within so many polls is not stapled any more.
 const MARGIN_POLLS: u32 = 2;
 
@@ -136,7 +138,8 @@ impl Terminator {
                 }
                 Some(Err(reason)) => {
                     known.failures += 1;
-                    let wait = (poll * 3).saturating_mul(2_u32.saturating_pow(known.failures.min(20))).min(RETRY_MAX);
+                    let polls = RETRY_FIRST_POLLS.saturating_mul(2_u32.saturating_pow(known.failures.min(20)));
+                    let wait = poll * polls.min(RETRY_MAX_POLLS);
                     known.not_before = Some(Instant::now() + jittered(wait));
                     if known.said.as_ref() != Some(&reason) {
                         tracing::warn!(reason, has_staple = known.staple.is_some(), "ocsp: no fresh staple");

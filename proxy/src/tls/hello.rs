@@ -2,7 +2,7 @@
 //!
 //!   records ─▶ handshake message ─▶ ClientHello ─▶ fallback? unknown name? ─▶ pass, or the alert
 //!
-//! TLS_FALLBACK_SCSV (RFC 7507) and, with `strict_sni`, names that are not served (RFC 6066 section 3). What cannot be
+//! TLS 1.1 and older (rustls says handshake_failure, and not why), TLS_FALLBACK_SCSV (RFC 7507) and, with `strict_sni`, names that are not served (RFC 6066 section 3). What cannot be
 //! read passes: rustls finds the words for it. Nothing here is negotiated.
 
 use super::resolver::Resolver;
@@ -13,12 +13,16 @@ const CONTENT_HANDSHAKE: u8 = 22;
 const CLIENT_HELLO: u8 = 1;
 const TLS_FALLBACK_SCSV: [u8; 2] = [0x56, 0x00];
 const TLS13: [u8; 2] = [3, 4];
+const TLS12: [u8; 2] = [3, 3];
+const TLS10: [u8; 2] = [3, 1];
 const EXTENSION_SERVER_NAME: u16 = 0;
 const EXTENSION_SUPPORTED_VERSIONS: u16 = 43;
 
 /// What this server refuses before rustls.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum Refusal {
+    #[error("the client offers no version above TLS 1.1")]
+    OldVersion,
     /// RFC 7507 section 3. Every policy has TLS 1.3.
     #[error("the client falls back below TLS 1.3 (TLS_FALLBACK_SCSV)")]
     Fallback,
@@ -27,13 +31,15 @@ pub enum Refusal {
 }
 
 impl Refusal {
-    /// A fatal alert, unprotected.
-    pub fn alert_record(self) -> [u8; 7] {
+    /// A fatal alert, unprotected, in a record of the client's own version.
+    fn alert_record(self, version: [u8; 2]) -> [u8; 7] {
         let description = match self {
+            Self::OldVersion => 70,
             Self::Fallback => 86,
             Self::UnknownName => 112,
         };
-        [21, 3, 3, 0, 2, 2, description]
+        let [major, minor] = version;
+        [21, major, minor, 0, 2, 2, description]
     }
 }
 
@@ -43,7 +49,7 @@ pub enum Judgement {
     /// The message is not complete.
     Incomplete,
     Passes,
-    Refused(Refusal),
+    Refused { why: Refusal, alert: [u8; 7] },
 }
 
 /// What ClientHellos are held against.
@@ -64,13 +70,19 @@ impl Gate {
             Message::ClientHello(body) => body,
         };
         let Some(hello) = Hello::read(&message) else { return Judgement::Passes };
+        // What is no version is answered as TLS 1.0, which everybody reads.
+        let version = if hello.version[0] == 3 { hello.version.min(TLS12) } else { TLS10 };
+        let refused = |why: Refusal| Judgement::Refused { why, alert: why.alert_record(version) };
         if hello.falls_back && !hello.offers_tls13 {
-            return Judgement::Refused(Refusal::Fallback);
+            return refused(Refusal::Fallback);
+        }
+        if hello.version < TLS12 && !hello.lists_versions {
+            return refused(Refusal::OldVersion);
         }
         if let Some(known) = &self.strict
             && !hello.server_name.is_some_and(|name| known.knows(name))
         {
-            return Judgement::Refused(Refusal::UnknownName);
+            return refused(Refusal::UnknownName);
         }
         Judgement::Passes
     }
@@ -105,6 +117,8 @@ fn handshake_message(mut wire: &[u8]) -> Message {
 
 /// What is asked of a ClientHello (RFC 8446 section 4.1.2).
 struct Hello<'a> {
+    version: [u8; 2],
+    lists_versions: bool,
     falls_back: bool,
     offers_tls13: bool,
     server_name: Option<&'a str>,
@@ -117,6 +131,8 @@ impl<'a> Hello<'a> {
         let suites = vector(&mut rest, 2)?;
         vector(&mut rest, 1)?;
         let mut hello = Self {
+            version: [*body.first()?, *body.get(1)?],
+            lists_versions: false,
             falls_back: suites.chunks_exact(2).any(|suite| suite == TLS_FALLBACK_SCSV),
             offers_tls13: false,
             server_name: None,
@@ -128,6 +144,7 @@ impl<'a> Hello<'a> {
             extensions = &extensions[2..];
             let mut body = vector(&mut extensions, 2)?;
             if kind == EXTENSION_SUPPORTED_VERSIONS {
+                hello.lists_versions = true;
                 hello.offers_tls13 = vector(&mut body, 1)?.chunks_exact(2).any(|version| version == TLS13);
             } else if kind == EXTENSION_SERVER_NAME {
                 hello.server_name = server_name(body);
@@ -178,6 +195,10 @@ mod tests {
         message.chunks(each).flat_map(|part| [&[22, 3, 1, 0, part.len() as u8], part].concat()).collect()
     }
 
+    fn refused(why: Refusal) -> Judgement {
+        Judgement::Refused { why, alert: why.alert_record(TLS12) }
+    }
+
     const NAME: &[u8] = b"\0\0\0\x0b\0\x09\0\0\x06a.test";
     const VERSIONS: &[u8] = &[0, 43, 0, 5, 4, 3, 4, 3, 3];
 
@@ -187,12 +208,26 @@ mod tests {
         let scsv = [0xc0, 0x2f, 0x56, 0x00];
         for each in [1, 7, 200] {
             let wire = records(&hello(&scsv, NAME), each);
-            assert_eq!(gate.judge(&wire), Judgement::Refused(Refusal::Fallback));
+            assert_eq!(gate.judge(&wire), refused(Refusal::Fallback));
             assert_eq!(gate.judge(&wire[..wire.len() - 1]), Judgement::Incomplete);
         }
         assert_eq!(gate.judge(&records(&hello(&scsv, VERSIONS), 99)), Judgement::Passes);
-        assert_eq!(gate.judge(&records(&hello(&scsv, &[]), 99)), Judgement::Refused(Refusal::Fallback));
+        assert_eq!(gate.judge(&records(&hello(&scsv, &[]), 99)), refused(Refusal::Fallback));
         assert_eq!(gate.judge(&records(&hello(&[0x56, 0xc0, 0x00, 0x2f], &[]), 99)), Judgement::Passes);
+    }
+
+    #[test]
+    fn an_old_version_is_told_so_in_its_own_record() {
+        for (version, record) in [([3, 2], [3, 2]), ([3, 0], [3, 0]), ([2, 0], [3, 1])] {
+            let mut message = hello(&[0xc0, 0x2f], NAME);
+            message[4..6].copy_from_slice(&version);
+            let alert = Refusal::OldVersion.alert_record(record);
+            let said = Gate::new(None).judge(&records(&message, 99));
+            assert_eq!(said, Judgement::Refused { why: Refusal::OldVersion, alert });
+        }
+        let mut message = hello(&[0x13, 1], VERSIONS);
+        message[5] = 1;
+        assert_eq!(Gate::new(None).judge(&records(&message, 99)), Judgement::Passes);
     }
 
     #[test]
@@ -201,9 +236,9 @@ mod tests {
         let wire = records(&hello(&[0x13, 1], &[NAME, VERSIONS].concat()), 99);
         assert_eq!(gate(&["a.test"]).judge(&wire), Judgement::Passes);
         assert_eq!(gate(&["*.test"]).judge(&wire), Judgement::Passes);
-        assert_eq!(gate(&["b.test"]).judge(&wire), Judgement::Refused(Refusal::UnknownName));
+        assert_eq!(gate(&["b.test"]).judge(&wire), refused(Refusal::UnknownName));
         let nameless = records(&hello(&[0x13, 1], VERSIONS), 99);
-        assert_eq!(gate(&["a.test"]).judge(&nameless), Judgement::Refused(Refusal::UnknownName));
+        assert_eq!(gate(&["a.test"]).judge(&nameless), refused(Refusal::UnknownName));
     }
 
     #[test]
