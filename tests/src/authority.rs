@@ -50,7 +50,8 @@ impl Authority {
         fs::create_dir_all(folder)?;
         let at = |name: &str| folder.join(name);
         let (root, intermediate) = (at("root.pem"), at("intermediate.pem"));
-        let ca = "basicConstraints=critical,CA:TRUE\nkeyUsage=critical,keyCertSign,cRLSign\nsubjectKeyIdentifier=hash\n";
+        let ca =
+            "basicConstraints=critical,CA:TRUE\nkeyUsage=critical,keyCertSign,cRLSign\nsubjectKeyIdentifier=hash\n";
         request(folder, "root", "rsa:2048", "Test Root")?;
         sign(folder, "root", None, "3650", "-sha256", ca)?;
         request(folder, "intermediate", "rsa:2048", "Test Intermediate")?;
@@ -84,7 +85,10 @@ fn request(folder: &Path, file: &str, key: &str, name: &str) -> Result<()> {
     let (key_file, subject) = (format!("{file}.key"), format!("/CN={name}"));
     match key.strip_prefix("rsa:") {
         Some(bits) => openssl(folder, &["genrsa", "-out", &key_file, bits])?,
-        None => openssl(folder, &["genpkey", "-algorithm", "EC", "-pkeyopt", &format!("ec_paramgen_curve:{key}"), "-out", &key_file])?,
+        None => openssl(
+            folder,
+            &["genpkey", "-algorithm", "EC", "-pkeyopt", &format!("ec_paramgen_curve:{key}"), "-out", &key_file],
+        )?,
     };
     fs::set_permissions(folder.join(&key_file), fs::Permissions::from_mode(0o600))?;
     openssl(folder, &["req", "-new", "-key", &key_file, "-subj", &subject, "-out", &format!("{file}.csr")])?;

@@ -49,7 +49,10 @@ pub enum Judgement {
     /// The message is not complete.
     Incomplete,
     Passes,
-    Refused { why: Refusal, alert: [u8; 7] },
+    Refused {
+        why: Refusal,
+        alert: [u8; 7],
+    },
 }
 
 /// What ClientHellos are held against.

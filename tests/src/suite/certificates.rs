@@ -22,8 +22,7 @@ pub fn tests(env: &Environment) -> Vec<Test> {
         // Nothing here depends on the kernel, and an emulated processor makes no 200 handshakes a second.
         return Vec::new();
     }
-    let mut load =
-        Test::new(env, "certificates_are_replaced_200_times_under_load_and_no_handshake_fails", under_load);
+    let mut load = Test::new(env, "certificates_are_replaced_200_times_under_load_and_no_handshake_fails", under_load);
     load.limit = Duration::from_secs(180);
     vec![load, Test::new(env, "the_last_good_copy_serves_when_the_share_is_gone_at_the_start", last_good)]
 }

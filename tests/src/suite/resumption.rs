@@ -12,7 +12,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 pub fn tests(env: &Environment) -> Vec<Test> {
-    let mut tests = Test::each_relay(env, "resumed_connections_lose_nothing_on_either_side_of_the_door", through_the_door);
+    let mut tests =
+        Test::each_relay(env, "resumed_connections_lose_nothing_on_either_side_of_the_door", through_the_door);
     if !env.is_guest() {
         tests.push(Test::new(env, "a_ticket_of_one_process_is_resumed_by_another_through_rotations", fleet));
     }
@@ -67,7 +68,8 @@ fn fleet(ctx: &Context) -> Result<()> {
     };
     let mut nodes = vec![node()?, node()?];
     let leads = |node: &Setup| Ok::<_, anyhow::Error>(node.proxy.metrics()?.sum("tlsplice_ticket_keys_leader", &[]));
-    let generation = |node: &Setup| Ok::<_, anyhow::Error>(node.proxy.metrics()?.sum("tlsplice_ticket_keys_generation", &[]));
+    let generation =
+        |node: &Setup| Ok::<_, anyhow::Error>(node.proxy.metrics()?.sum("tlsplice_ticket_keys_generation", &[]));
     ensure!((leads(&nodes[0])?, leads(&nodes[1])?) == (1, 0), "the first node does not lead alone");
     let first = generation(&nodes[1])?;
     let (tls12, tls13) = (Offer::new(ctx, TLS12_AES_128)?.resuming(), Offer::new(ctx, TLS13_AES_256)?.resuming());
@@ -100,7 +102,10 @@ fn fleet(ctx: &Context) -> Result<()> {
     let last = generation(&nodes[0])?;
     ensure!(last >= first + 3, "generation {first} became {last}: fewer than three rotations");
     ensure!(leads(&nodes[0])? + leads(&nodes[1])? == 1, "nobody leads after the leader was killed, or two do");
-    ctx.note(&format!("{handshakes} handshakes, {full} full ones (the first of each version), {} rotations", last - first));
+    ctx.note(&format!(
+        "{handshakes} handshakes, {full} full ones (the first of each version), {} rotations",
+        last - first
+    ));
     for node in nodes {
         node.finish(ctx)?;
     }

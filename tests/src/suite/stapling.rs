@@ -4,13 +4,14 @@ use super::programs::program;
 use crate::authority::{Authority, Issued, Leaf, openssl};
 use crate::environment::Environment;
 use crate::exchange::Setup;
-use crate::process::{Guarded, free_port};
 use crate::run::{Context, Test};
 use crate::upstream::{Kind, Upstream};
 use anyhow::{Context as _, Result, ensure};
 use std::fs;
-use std::net::SocketAddr;
+use std::io::{BufRead as _, BufReader, Read as _, Write as _};
+use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::process::Stdio;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -26,14 +27,17 @@ pub fn tests(env: &Environment) -> Vec<Test> {
 
 const VALID: Duration = Duration::from_secs(60);
 
+/// `openssl ocsp` answers each question; its own server would listen on every address, so the HTTP is ours.
 struct Responder<'a> {
     authority: &'a Authority,
-    port: u16,
+    listener: TcpListener,
+    is_up: AtomicBool,
+    over: AtomicBool,
 }
 
 impl Responder<'_> {
-    /// Runs until it is dropped. Every serial is good, or revoked.
-    fn run(&self, leaves: &[&Issued], revoked: bool) -> Result<Guarded> {
+    /// Every serial is good, or revoked.
+    fn index(&self, leaves: &[&Issued], revoked: bool) -> Result<()> {
         let folder = &self.authority.folder;
         let mut index = String::new();
         for issued in leaves {
@@ -45,11 +49,53 @@ impl Responder<'_> {
             index.push_str(&format!("{state}\t400101000000Z\t{when}\t{serial}\tunknown\t/CN={serial}\n"));
         }
         fs::write(folder.join("index.txt"), index)?;
-        let mut command = program("openssl")?;
-        command.args(["ocsp", "-index", "index.txt", "-port", &format!("127.0.0.1:{}", self.port), "-CA", "intermediate.pem"]);
-        command.args(["-rsigner", "intermediate.pem", "-rkey", "intermediate.key", "-nmin", "1"]);
-        command.current_dir(folder).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
-        Guarded::spawn(&mut command)
+        Ok(())
+    }
+
+    fn serve(&self) -> Result<()> {
+        for client in self.listener.incoming() {
+            let client = client?;
+            if self.over.load(Relaxed) {
+                return Ok(());
+            }
+            if self.is_up.load(Relaxed) {
+                self.answer(client)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn answer(&self, mut client: TcpStream) -> Result<()> {
+        client.set_read_timeout(Some(Duration::from_secs(5)))?;
+        let mut reader = BufReader::new(client.try_clone()?);
+        let (mut line, mut length) = (String::new(), 0);
+        while reader.read_line(&mut line)? > 2 {
+            if let Some(value) = line.to_ascii_lowercase().strip_prefix("content-length:") {
+                length = value.trim().parse()?;
+            }
+            line.clear();
+        }
+        let mut request = vec![0; length];
+        reader.read_exact(&mut request)?;
+        let folder = &self.authority.folder;
+        fs::write(folder.join("request.der"), request)?;
+        let signer =
+            ["-CA", "intermediate.pem", "-rsigner", "intermediate.pem", "-rkey", "intermediate.key", "-nmin", "1"];
+        let files = ["ocsp", "-index", "index.txt", "-reqin", "request.der", "-respout", "response.der"];
+        openssl(folder, &[&files[..], &signer].concat())?;
+        let answer = fs::read(folder.join("response.der"))?;
+        let length = answer.len();
+        write!(
+            client,
+            "HTTP/1.1 200 OK\r\nContent-Type: application/ocsp-response\r\nContent-Length: {length}\r\n\r\n"
+        )?;
+        client.write_all(&answer)?;
+        Ok(())
+    }
+
+    fn end(&self) -> Result<()> {
+        self.over.store(true, Relaxed);
+        TcpStream::connect(self.listener.local_addr()?).map(drop).context("wake the responder")
     }
 }
 
@@ -70,12 +116,25 @@ fn is_good(said: &str) -> bool {
 
 fn staples(ctx: &Context) -> Result<()> {
     let authority = Authority::make(&ctx.environment.tmp.join("stapled"))?;
-    let responder = Responder { authority: &authority, port: free_port()? };
-    let extensions = format!("authorityInfoAccess=OCSP;URI:http://127.0.0.1:{}/\n", responder.port);
+    let listener = TcpListener::bind("127.0.0.1:0")?;
+    let responder = Responder { authority: &authority, listener, is_up: true.into(), over: false.into() };
+    thread::scope(|scope| {
+        let serving = scope.spawn(|| responder.serve());
+        let followed = follow(ctx, &responder);
+        responder.end()?;
+        let served = serving.join().ok().context("the responder panicked")?;
+        followed.and(served)
+    })
+}
+
+fn follow(ctx: &Context, responder: &Responder<'_>) -> Result<()> {
+    let authority = responder.authority;
+    let extensions =
+        format!("authorityInfoAccess=OCSP;URI:http://127.0.0.1:{}/\n", responder.listener.local_addr()?.port());
     let leaf = |file, key| authority.issue(&Leaf { file, key, extensions: &extensions, ..Leaf::default() });
     let (ecdsa, rsa) = (leaf("ecdsa", "P-256")?, leaf("rsa", "rsa:2048")?);
     let leaves = [&ecdsa, &rsa];
-    let up = responder.run(&leaves, false)?;
+    responder.index(&leaves, false)?;
     let began = Instant::now();
     let upstream = Upstream::manual(&ctx.environment, Kind::V4)?;
     let setup = Setup::with(ctx, ctx.environment.relays()[0], &[0], upstream, |mut settings| {
@@ -87,7 +146,7 @@ fn staples(ctx: &Context) -> Result<()> {
         for kind in KINDS {
             let deadline = Instant::now() + limit;
             loop {
-                let said = status(&authority, address, kind)?;
+                let said = status(authority, address, kind)?;
                 if is(&said) {
                     break;
                 }
@@ -103,23 +162,31 @@ fn staples(ctx: &Context) -> Result<()> {
         let kept = one.chain.with_extension("chain.ocsp");
         ensure!(kept.exists(), "{} is not kept for the fleet", kept.display());
     }
-    drop(up);
-    ensure!(KINDS.iter().all(|kind| status(&authority, address, kind).is_ok_and(|said| is_good(&said))), "lost with the responder");
+    responder.is_up.store(false, Relaxed);
+    ensure!(
+        KINDS.iter().all(|kind| status(authority, address, kind).is_ok_and(|said| is_good(&said))),
+        "lost with the responder"
+    );
     until("the expired ones are gone", VALID + patience, &|said| said.contains("no response sent"))?;
     let expired = began.elapsed();
     ensure!(expired <= VALID + Duration::from_secs(5), "an expired staple was sent until {expired:?}");
-    let revoked = responder.run(&leaves, true)?;
+    responder.index(&leaves, true)?;
+    responder.is_up.store(true, Relaxed);
     let deadline = Instant::now() + patience;
     while !setup.proxy.log().contains("REVOKED") {
         ensure!(Instant::now() < deadline, "nothing is said of the revocation: {}", setup.proxy.log_tail());
         thread::sleep(Duration::from_millis(100));
     }
-    ensure!(KINDS.iter().all(|kind| status(&authority, address, kind).is_ok_and(|said| !is_good(&said))), "stapled though revoked");
-    drop(revoked);
-    let good = responder.run(&leaves, false)?;
+    ensure!(
+        KINDS.iter().all(|kind| status(authority, address, kind).is_ok_and(|said| !is_good(&said))),
+        "stapled though revoked"
+    );
+    responder.index(&leaves, false)?;
     until("they are good again", patience * 2, &is_good)?;
-    drop(good);
-    ctx.note(&format!("ECDSA and RSA stapled, gone {} s after the answer, refused when revoked, back again", expired.as_secs()));
+    ctx.note(&format!(
+        "ECDSA and RSA stapled, gone {} s after the answer, refused when revoked, back again",
+        expired.as_secs()
+    ));
     while setup.upstream.accept_now().is_some() {}
     let Setup { mut proxy, .. } = setup;
     proxy.settled()?;
