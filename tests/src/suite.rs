@@ -8,6 +8,7 @@ pub mod door;
 pub mod drain;
 pub mod faults;
 pub mod first_request;
+pub mod grading;
 pub mod idle;
 pub mod java;
 pub mod key_update;
@@ -49,6 +50,7 @@ pub fn tests(env: &Environment) -> Vec<Test> {
     tests.extend(resumption::tests(env));
     tests.extend(certificates::tests(env));
     tests.extend(stapling::tests(env));
+    tests.extend(grading::tests(env));
     tests.extend(drain::tests(env));
     tests.extend(privileges::tests(env));
     tests.extend(commands::tests(env));

@@ -10,7 +10,7 @@ use rustls::client::WebPkiServerVerifier;
 use rustls::client::danger::ServerCertVerifier;
 use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
 use rustls::{NamedGroup, RootCertStore, SupportedCipherSuite};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 /// Grades what would be served. `roots`: trusted beside the host's own.
 pub fn grade(tls: &Tls, certificates: &Certificates, hsts: Hsts, roots: &[CertificateDer<'static>]) -> Report {
@@ -59,13 +59,18 @@ fn exchange(group: NamedGroup) -> (String, u32) {
 pub struct Trust(Option<Arc<WebPkiServerVerifier>>);
 
 impl Trust {
-    /// The host's roots and more.
+    /// The host's roots and more. Those of the host are read once in a process: there are some hundred.
     pub fn new(more: &[CertificateDer<'static>]) -> Self {
+        static HOST: OnceLock<Option<Arc<WebPkiServerVerifier>>> = OnceLock::new();
+        Self(if more.is_empty() { HOST.get_or_init(|| Self::verifier(&[])).clone() } else { Self::verifier(more) })
+    }
+
+    fn verifier(more: &[CertificateDer<'static>]) -> Option<Arc<WebPkiServerVerifier>> {
         let mut roots = RootCertStore::empty();
         roots.add_parsable_certificates(host_roots());
         roots.add_parsable_certificates(more.iter().cloned());
         let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
-        Self(WebPkiServerVerifier::builder_with_provider(Arc::new(roots), provider).build().ok())
+        WebPkiServerVerifier::builder_with_provider(Arc::new(roots), provider).build().ok()
     }
 
     fn certificate(&self, served: &Served) -> Certificate {
@@ -114,6 +119,11 @@ impl Trust {
                 certificate.other_name = name.map(str::to_owned);
             }
             Err(rustls::Error::InvalidCertificate(E::UnknownIssuer)) => self.unknown_issuer(&mut certificate, seen),
+            Err(rustls::Error::InvalidCertificate(E::Other(_))) if leaf.is_self_issued() => {
+                self.unknown_issuer(&mut certificate, seen);
+            }
+            // What it is signed with has been said in its own words.
+            Err(_) if hash != Hash::Strong => {}
             Err(error) => certificate.untrusted = Some(error.to_string()),
         }
         certificate
