@@ -8,6 +8,7 @@ mod problem;
 mod section;
 #[cfg(test)]
 mod tests;
+mod tls;
 mod value;
 
 pub use problem::{Invalid, Problem};
@@ -60,11 +61,41 @@ pub struct Tls {
     pub suites: Vec<Suite>,
     pub groups: Vec<Group>,
     pub alpn: Vec<String>,
+    /// Names that no certificate has are refused, as are clients that name none.
+    pub strict_sni: bool,
+    /// How often files and folders are looked at; each wait differs by up to a fifth.
+    pub poll: Duration,
+    /// A local folder with a copy of the last good certificates.
+    pub last_good: Option<PathBuf>,
+    /// A folder whose ticket keys the fleet shares. `None`: keys of this process.
+    pub tickets: Option<PathBuf>,
+    /// How long a ticket is good for at least; after twice that its key is gone.
+    pub ticket_lifetime: Duration,
+    pub ocsp: Ocsp,
 }
 
+/// What may be negotiated; `tls/policy.rs` says what each has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Policy {
+    /// TLS 1.2 and 1.3, forward secrecy and AEAD.
     APlus,
+    /// TLS 1.3 alone.
+    Modern,
+    /// 256-bit suites and P-384: four times 100 in the rating guide.
+    Labs100,
+    /// What the validated module of aws-lc does.
+    #[cfg(feature = "fips")]
+    Fips,
+}
+
+/// Where staples come from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ocsp {
+    /// The file beside the chain, else the certificate's responder.
+    Auto,
+    /// The file beside the chain.
+    File,
+    Off,
 }
 
 /// A cipher suite of the policy, by its IANA name.

@@ -193,6 +193,7 @@ async fn shake_hands(client: Box<Client>, about: &About) -> Option<(UserTls, Doo
         }
     };
     worker.counters.handshakes.add(1);
+    worker.counters.resumed.add(session.is_resumed().into());
     let group = session.group();
     let keys = session.into_keys().map_err(std::io::Error::other);
     let keys = match keys.and_then(|keys| UserKeys::new(keys, limits.records_per_key)) {

@@ -7,11 +7,12 @@
 //! kernel, and rustls derives the next keys. This module reads and writes no socket.
 
 use crate::protect::{WIRE_BYTES, record_bytes};
+use crate::tls::hello::{Gate, Judgement, Refusal};
+use crate::tls::policy::Negotiation;
 use rustls::kernel::KernelConnection;
 use rustls::server::{ServerConnectionData, UnbufferedServerConnection};
 use rustls::unbuffered::{ConnectionState, EncodeError, EncodeTlsData, UnbufferedStatus};
-use rustls::{Error, ExtractedSecrets, ServerConfig};
-use std::sync::Arc;
+use rustls::{Error, ExtractedSecrets};
 
 /// See the module.
 pub struct Session {
@@ -19,6 +20,8 @@ pub struct Session {
     established: bool,
     /// Bytes at the front of the next `wire` that rustls has seen already: a handshake message in pieces.
     presented: usize,
+    /// Until the ClientHello has been looked at.
+    gate: Option<Gate>,
 }
 
 /// What became of the bytes given to `feed`.
@@ -31,13 +34,20 @@ pub struct Fed {
 }
 
 impl Session {
-    pub fn new(config: Arc<ServerConfig>) -> Result<Self, Error> {
-        Ok(Self { tls: Box::new(UnbufferedServerConnection::new(config)?), established: false, presented: 0 })
+    pub fn new(by: Negotiation) -> Result<Self, Error> {
+        let Negotiation { config, strict } = by;
+        let tls = Box::new(UnbufferedServerConnection::new(config)?);
+        Ok(Self { tls, established: false, presented: 0, gate: Some(Gate::new(strict)) })
     }
 
     /// The handshake is complete, both Finished are in.
     pub fn is_established(&self) -> bool {
         self.established
+    }
+
+    /// By a ticket or a session's id.
+    pub fn is_resumed(&self) -> bool {
+        self.tls.handshake_kind() == Some(rustls::HandshakeKind::Resumed)
     }
 
     /// The group of the key exchange, for the log.
@@ -57,6 +67,11 @@ impl Session {
                 break;
             }
             upto += len;
+            if let Some((why, alert)) = self.refused_at_the_gate(&wire[..upto]) {
+                out.extend_from_slice(&alert);
+                fed.error = Some(Error::General(why.to_string()));
+                break;
+            }
             self.process(&mut wire[..upto], &mut fed, out);
             if fed.error.is_some() || self.established {
                 break;
@@ -64,6 +79,18 @@ impl Session {
         }
         self.presented = upto - fed.consumed.min(upto);
         fed
+    }
+
+    /// rustls does not know the fallback signal and lacks two alerts, so the ClientHello is read before.
+    fn refused_at_the_gate(&mut self, wire: &[u8]) -> Option<(Refusal, [u8; 7])> {
+        match self.gate.as_ref()?.judge(wire) {
+            Judgement::Incomplete => None,
+            Judgement::Passes => {
+                self.gate = None;
+                None
+            }
+            Judgement::Refused { why, alert } => Some((why, alert)),
+        }
     }
 
     fn process(&mut self, wire: &mut [u8], fed: &mut Fed, out: &mut Vec<u8>) {

@@ -10,6 +10,7 @@ use crate::pipes::{Pipes, Share};
 use crate::probe::Kernel;
 use crate::relay::{self, Scratch};
 use crate::send_room::SendMemory;
+use crate::tls::policy::Negotiation;
 use crate::upstream::pool::Pool;
 use crate::watch::{Clock, TICK_MS};
 use std::cell::{Cell, RefCell};
@@ -32,16 +33,17 @@ const CUT_GRACE: Duration = Duration::from_millis(500);
 #[derive(Clone)]
 pub struct Snapshot {
     pub config: Arc<Config>,
-    pub tls: Arc<rustls::ServerConfig>,
+    pub tls: Negotiation,
     /// The same for listeners of mode http: they speak HTTP/1.1, whatever other listeners offer.
-    pub http_tls: Arc<rustls::ServerConfig>,
+    pub http_tls: Negotiation,
 }
 
 impl Snapshot {
-    pub fn new(config: Arc<Config>, tls: Arc<rustls::ServerConfig>) -> Self {
-        let mut http = rustls::ServerConfig::clone(&tls);
+    pub fn new(config: Arc<Config>, tls: Negotiation) -> Self {
+        let mut http = rustls::ServerConfig::clone(&tls.config);
         http.alpn_protocols = vec![b"http/1.1".to_vec()];
-        Self { config, tls, http_tls: Arc::new(http) }
+        let http_tls = Negotiation { config: Arc::new(http), strict: tls.strict.clone() };
+        Self { config, tls, http_tls }
     }
 }
 

@@ -37,6 +37,7 @@ pub struct Settings {
     pub http: Vec<String>,
     /// The whole of `[log]`.
     pub log: Vec<String>,
+    pub tls: Vec<String>,
     pub certificates: Vec<PathBuf>,
 }
 
@@ -52,6 +53,7 @@ impl Settings {
             // Short, so that a tlsplice that stops has no descriptor left.
             http: vec!["upstream_idle = \"1s\"".into()],
             log: Vec::new(),
+            tls: Vec::new(),
             certificates: vec![ecdsa.chain.clone(), ecdsa.key.clone()],
         })
     }
@@ -83,6 +85,12 @@ impl Settings {
         self
     }
 
+    /// A line of `[tls]`.
+    pub fn tls(mut self, line: &str) -> Self {
+        self.tls.push(line.to_owned());
+        self
+    }
+
     /// Replaces a line of `[server]` that has the same key.
     pub fn server(mut self, line: &str) -> Self {
         let key = line.split('=').next().unwrap_or_default();
@@ -101,7 +109,9 @@ impl Settings {
             }
         };
         lines(&self.server);
-        lines(&["[tls]".into(), format!("certificates = [{}]", files.join(", ")), "[limits]".into()]);
+        lines(&["[tls]".into(), format!("certificates = [{}]", files.join(", "))]);
+        lines(&self.tls);
+        lines(&["[limits]".into()]);
         lines(&self.limits);
         lines(&["[http]".into()]);
         lines(&self.http);

@@ -9,6 +9,7 @@ mod demo;
 mod first_process;
 mod image;
 mod insn;
+mod judges;
 mod kernels;
 mod peers;
 mod process;

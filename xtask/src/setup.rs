@@ -2,7 +2,7 @@
 //!
 //! Every command asks for the groups that it needs. Where all is there nothing is started: the check looks for files.
 
-use crate::{cache, first_process, peers, process};
+use crate::{cache, first_process, judges, peers, process};
 use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
 use std::path::{Path, PathBuf};
@@ -52,7 +52,7 @@ const fn need(group: Group, program: &'static str, apt: &'static str, dnf: &'sta
     Need { group, present: Present::Program(program), apt, dnf, why }
 }
 
-const NEEDS: [Need; 25] = [
+const NEEDS: [Need; 29] = [
     need(Group::Build, "cc", "gcc libc6-dev", "gcc", "compiles the cryptography (aws-lc) and links"),
     Need {
         group: Group::Build,
@@ -96,6 +96,10 @@ const NEEDS: [Need; 25] = [
         why: "is a WebSocket client and server that the tests use",
     },
     need(Group::Peers, "gnutls-cli", "gnutls-bin", "gnutls-utils", "is a client that the tests use"),
+    need(Group::Peers, "hexdump", "bsdextrautils", "util-linux", "is what testssl.sh reads bytes with"),
+    need(Group::Peers, "dig", "bind9-dnsutils", "bind-utils", "is what testssl.sh looks names up with"),
+    need(Group::Peers, "ps", "procps", "procps-ng", "is what testssl.sh looks after its children with"),
+    need(Group::Peers, "python3", "python3-venv python3-pip", "python3-pip", "runs sslyze"),
     need(
         Group::Peers,
         "javac",
@@ -134,6 +138,7 @@ pub fn make_sure(groups: &[Group]) -> Result<()> {
     }
     if groups.contains(&Group::Peers) {
         peers::nginx()?;
+        judges::variables()?;
     }
     if groups.contains(&Group::Lint) {
         rustup_component("rustfmt", "cargo-fmt")?;

@@ -12,7 +12,7 @@ use crate::progress;
 use crate::setup::{self, Group};
 use crate::suite::{self, Binaries, Exit, Listener, Offload, Report, Workplace};
 use crate::table::{Row, conclude};
-use crate::{first_process, peers, uml, uml_build, vm};
+use crate::{first_process, judges, peers, uml, uml_build, vm};
 use anyhow::{Context, Result, anyhow};
 use clap::Args;
 use std::ffi::OsString;
@@ -189,7 +189,7 @@ fn on_host(binaries: &Binaries, arguments: &[OsString], work: &Workplace) -> Res
     let mut command = process::bound_to_us(&binaries.suite);
     command.args(arguments);
     command.envs(suite::environment("host", offload, &binaries.tlsplice, &work.folder("host")?));
-    command.envs(nginx_variables()?);
+    command.envs(peers_variables()?);
     let exit = match process::watch(&mut command, RUN_LIMIT, |line| listener.take(line))? {
         Ended::Exited(status) => match status.code() {
             Some(code) => Exit::Status(code),
@@ -206,7 +206,7 @@ fn in_user_mode(linux: PathBuf, binaries: &Binaries, arguments: &[OsString], wor
     let mut env: Vec<(OsString, OsString)> =
         std::env::var_os("HOME").map(|home| ("HOME".into(), home)).into_iter().collect();
     env.extend(own_variables());
-    env.extend(nginx_variables()?);
+    env.extend(peers_variables()?);
     env.extend(suite::environment("uml", Offload::Require, &binaries.tlsplice, &work.folder("uml")?));
     let mut command = vec![binaries.suite.clone().into_os_string()];
     command.extend_from_slice(arguments);
@@ -250,15 +250,17 @@ pub fn own_variables() -> impl Iterator<Item = (OsString, OsString)> {
     std::env::vars_os().filter(|(name, _)| name.as_encoded_bytes().starts_with(b"TLSPLICE_"))
 }
 
-/// nginx for tests on this machine's files: by name in PATH, and where its modules are.
-fn nginx_variables() -> Result<Vec<(OsString, OsString)>> {
+/// nginx for tests on this machine's files, by name in PATH and where its modules are; and the judges.
+fn peers_variables() -> Result<Vec<(OsString, OsString)>> {
     let nginx = peers::nginx()?;
     let path = std::env::var_os("PATH").unwrap_or_default();
     let folders = nginx.program.parent().map(PathBuf::from).into_iter().chain(std::env::split_paths(&path));
     let path = std::env::join_paths(folders).context("put nginx into PATH")?;
-    Ok(vec![
+    let mut variables = vec![
         ("PATH".into(), path),
         ("TLSPLICE_NGINX".into(), nginx.program.into()),
         ("TLSPLICE_NGINX_MODULES".into(), nginx.modules.into()),
-    ])
+    ];
+    variables.extend(judges::variables()?);
+    Ok(variables)
 }

@@ -6,12 +6,12 @@
 //! version has not is refused by name, never read and ignored.
 
 use super::problem::{Invalid, Problems, excerpt};
-use super::section::{Read, Section, allowed, because};
+use super::section::{Read, Section, allowed};
+use super::tls::read_tls;
 use super::{
-    ClientAddress, Config, Http, Limits, Listener, Log, LogFormat, Mode, Offload, OffloadAfter, Policy, Server,
-    SpliceMode, Tls, Upstream, hsts, value,
+    ClientAddress, Config, Http, Limits, Listener, Log, LogFormat, Mode, Offload, OffloadAfter, Server, SpliceMode,
+    Upstream, hsts, value,
 };
-use crate::tls::policy;
 use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::num::NonZeroUsize;
@@ -139,46 +139,12 @@ fn read_server(mut section: Section<'_>, problems: &mut Problems<'_>) -> Server 
     server
 }
 
-fn read_tls(mut section: Section<'_>, problems: &mut Problems<'_>) -> Tls {
-    let policy = section.take_or(problems, "policy", Policy::APlus, |v| {
-        value::word(v, &[("a-plus", Policy::APlus)], &["modern", "fips", "labs-100"])
-    });
-    let certificates = section.take_some(problems, "certificates", "files or folders in quotes", value::path);
-    let suites = section.take_list(problems, "suites", "cipher suites", |v| {
-        value::text(v, "a cipher suite in quotes").and_then(|name| grade(policy::suite(name)))
-    });
-    let groups = section.take_list(problems, "groups", "key exchange groups", |v| {
-        value::text(v, "a key exchange group in quotes").and_then(|name| grade(policy::group(name)))
-    });
-    let alpn = section.take_list(problems, "alpn", "protocol names", |v| {
-        value::text(v, "a protocol name in quotes").and_then(|name| grade(policy::alpn(name)))
-    });
-    let suites = unique(problems, "tls.suites", suites);
-    if !suites.is_empty()
-        && let Err(why) = policy::choice_of_suites(&suites)
-    {
-        problems.add(section.span_of("suites"), format!("tls.suites: {why}"));
-    }
-    section.not_built(problems, "tickets");
-    // "auto" and "file" would staple; this version staples nothing, so only "off" says what happens.
-    section.take_or(problems, "ocsp", (), |v| value::word(v, &[("off", ())], &["auto", "file"]));
-    let tls = Tls {
-        policy,
-        certificates: certificates.into_iter().map(|(path, _)| path).collect(),
-        suites,
-        groups: unique(problems, "tls.groups", groups),
-        alpn: unique(problems, "tls.alpn", alpn),
-    };
-    section.finish(problems);
-    tls
-}
-
-fn grade<T>(chosen: Result<T, String>) -> Read<T> {
-    chosen.or_else(because)
-}
-
 /// The values of a list in order; a second mention of one is a slip.
-fn unique<T: PartialEq>(problems: &mut Problems<'_>, path: &str, list: Option<Vec<(T, Range<usize>)>>) -> Vec<T> {
+pub(super) fn unique<T: PartialEq>(
+    problems: &mut Problems<'_>,
+    path: &str,
+    list: Option<Vec<(T, Range<usize>)>>,
+) -> Vec<T> {
     let mut values = Vec::new();
     for (value, span) in list.unwrap_or_default() {
         if values.contains(&value) {

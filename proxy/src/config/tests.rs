@@ -126,19 +126,15 @@ fn every_key_of_this_version_is_read() {
 fn the_file_that_is_shipped_has_the_defaults_that_it_claims() {
     let shipped = valid(include_str!("../../dist/tlsplice.toml"));
     let mut least = valid(&LEAST.replace(", \"unix:/run/app.sock\"", ""));
+    // What stands there as an example.
     least.server.admin = shipped.server.admin;
+    (least.tls.tickets, least.tls.last_good) = (shipped.tls.tickets.clone(), shipped.tls.last_good.clone());
     assert_eq!(shipped, least);
 }
 
 #[test]
 fn what_is_not_built_yet_is_refused_by_name() {
     for (section, line) in [
-        ("tls", "policy = \"modern\""),
-        ("tls", "policy = \"fips\""),
-        ("tls", "policy = \"labs-100\""),
-        ("tls", "tickets = \"/mnt/efs/tickets\""),
-        ("tls", "ocsp = \"auto\""),
-        ("tls", "ocsp = \"file\""),
         ("[listener]", "accept_proxy = \"v1\""),
         ("[listener]", "accept_proxy = \"any\""),
         ("[listener]", "trusted = [\"10.0.0.0/8\"]"),
@@ -151,6 +147,25 @@ fn what_is_not_built_yet_is_refused_by_name() {
         let said = invalid.to_string();
         assert!(said.contains(name) && said.ends_with("not in this version"), "{line}: {said}");
     }
+}
+
+#[test]
+fn the_keys_of_tls_are_read_and_bounded() {
+    let tls = |line: &str| valid(&with("tls", line)).tls;
+    assert_eq!(tls("policy = \"labs-100\"").policy, Policy::Labs100);
+    assert_eq!(tls("ocsp = \"file\"").ocsp, Ocsp::File);
+    assert_eq!(tls("tickets = \"/mnt/t\"\nticket_lifetime = \"1h\"").tickets, Some("/mnt/t".into()));
+    assert_eq!(tls("poll = \"1s\"\nlast_good = \"/var/l\"").last_good, Some("/var/l".into()));
+    assert!(tls("strict_sni = true").strict_sni);
+    let defaults = valid(LEAST).tls;
+    assert_eq!((defaults.ocsp, defaults.strict_sni, defaults.tickets), (Ocsp::Auto, false, None));
+    assert!(said(&with("tls", "ticket_lifetime = \"8d\"")).contains("from 2s to 84h"));
+    assert!(said(&with("tls", "strict_sni = 1")).contains("allowed: true or false"));
+    if cfg!(not(feature = "fips")) {
+        assert!(said(&with("tls", "policy = \"fips\"")).contains("--features fips"));
+    }
+    let modern = with("tls", "policy = \"modern\"\nsuites = [\"TLS_ECDHE_RSA_WITH_AES_128_GCM_SHA256\"]");
+    assert!(said(&modern).contains("TLS 1.3 alone"));
 }
 
 #[test]

@@ -141,6 +141,8 @@ pub struct Counters {
     pub accept_pauses: Count,
     pub live: Count,
     pub handshakes: Count,
+    /// Of these, those that resumed a session.
+    pub resumed: Count,
     /// Connections that went through the door.
     pub offloaded: Count,
     pub declined: [Count; Decline::ALL.len()],

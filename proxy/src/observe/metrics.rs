@@ -2,6 +2,7 @@
 
 use super::counters::{Class, Count, Counters, Decline, End, Label};
 use super::log::DroppedLines;
+use crate::control::upkeep::TicketGauges;
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric};
 use prometheus_client::metrics::counter::ConstCounter;
@@ -10,6 +11,7 @@ use prometheus_client::metrics::{MetricType, info::Info};
 use prometheus_client::registry::Registry;
 use std::fmt;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 /// The Content-Type of what `Metrics::text` gives.
 pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
@@ -19,11 +21,15 @@ pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; cha
 pub struct Metrics(Registry);
 
 impl Metrics {
-    pub fn new(workers: Vec<Arc<Counters>>, dropped_lines: Option<DroppedLines>) -> Self {
+    pub fn new(
+        workers: Vec<Arc<Counters>>,
+        dropped_lines: Option<DroppedLines>,
+        tickets: Option<Arc<TicketGauges>>,
+    ) -> Self {
         let mut registry = Registry::default();
         let version = Info::new(vec![("version", env!("CARGO_PKG_VERSION"))]);
         registry.register("tlsplice_build", "The running program", version);
-        registry.register_collector(Box::new(Workers { workers, dropped_lines }));
+        registry.register_collector(Box::new(Workers { workers, dropped_lines, tickets }));
         Self(registry)
     }
 
@@ -42,6 +48,7 @@ impl Metrics {
 struct Workers {
     workers: Vec<Arc<Counters>>,
     dropped_lines: Option<DroppedLines>,
+    tickets: Option<Arc<TicketGauges>>,
 }
 
 type Labels<'a> = &'a [(&'static str, &'static str)];
@@ -73,6 +80,8 @@ impl Workers {
     fn tls(&self, to: &mut DescriptorEncoder<'_>) -> fmt::Result {
         let ok: Labels<'_> = &[("result", "ok")];
         family(to, "tlsplice_handshakes", "TLS handshakes", &[(ok, self.sum(|c| &c.handshakes))])?;
+        let resumed = self.sum(|c| &c.resumed);
+        counter(to, "tlsplice_handshakes_resumed", "TLS handshakes that resumed a session", resumed)?;
         let mut offload = vec![([("state", "offloaded"), ("reason", "")], self.sum(|c| &c.offloaded))];
         offload.extend(
             Decline::ALL
@@ -101,6 +110,18 @@ impl Workers {
         family(to, "tlsplice_http_upstream_connections", "Upstream connections that requests were sent on", &upstream)
     }
 
+    fn tickets(&self, to: &mut DescriptorEncoder<'_>) -> fmt::Result {
+        let Some(tickets) = &self.tickets else { return Ok(()) };
+        let generation = tickets.generation.load(Ordering::Relaxed);
+        gauge(to, "tlsplice_ticket_keys_generation", "Generation of the fleet's ticket keys", generation)?;
+        let leads = tickets.leads.load(Ordering::Relaxed);
+        gauge(to, "tlsplice_ticket_keys_leader", "1 if this process rotates them", leads)?;
+        let skew = ConstGauge::new(tickets.skew_ms.load(Ordering::Relaxed));
+        let (name, help) =
+            ("tlsplice_ticket_clock_skew_milliseconds", "Clock of the file server less that of this host");
+        skew.encode(to.encode_descriptor(name, help, None, MetricType::Gauge)?)
+    }
+
     fn payload(&self, to: &mut DescriptorEncoder<'_>) -> fmt::Result {
         const IN_SPLICED: Labels<'_> = &[("direction", "in"), ("path", "spliced")];
         const IN_COPIED: Labels<'_> = &[("direction", "in"), ("path", "copied")];
@@ -125,6 +146,7 @@ impl Collector for Workers {
         self.tls(&mut to)?;
         self.http(&mut to)?;
         self.payload(&mut to)?;
+        self.tickets(&mut to)?;
         let Some(dropped) = &self.dropped_lines else { return Ok(()) };
         counter(&mut to, "tlsplice_log_lines_dropped", "Log lines that nobody read in time", dropped.get())
     }
@@ -163,7 +185,7 @@ mod tests {
         two.ended(End::Clean);
         two.up_copied.add(7);
         one.pipe_bytes.add(65536);
-        let text = Metrics::new(vec![one, two], None).text().expect("a string");
+        let text = Metrics::new(vec![one, two], None, None).text().expect("a string");
         for line in [
             "tlsplice_build_info{version=\"0.1.0\"} 1",
             "tlsplice_connections_opened_total 5",

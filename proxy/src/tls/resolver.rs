@@ -8,7 +8,7 @@ use std::fmt;
 use std::sync::Arc;
 
 /// Exact names before wildcards before the default. Immutable; a reload makes a new one.
-pub(super) struct Resolver {
+pub struct Resolver {
     exact: HashMap<String, Vec<Arc<CertifiedKey>>>,
     /// By what follows the `*.`.
     wildcard: HashMap<String, Vec<Arc<CertifiedKey>>>,
@@ -46,6 +46,19 @@ impl Resolver {
             resolver.default = keys.clone();
         }
         (!resolver.default.is_empty()).then_some(resolver)
+    }
+
+    /// A certificate has this name.
+    pub fn knows(&self, name: &str) -> bool {
+        let name = name.to_ascii_lowercase();
+        let name = name.strip_suffix('.').unwrap_or(&name);
+        let by_wildcard = || name.split_once('.').is_some_and(|(_, suffix)| self.wildcard.contains_key(suffix));
+        self.exact.contains_key(name) || by_wildcard()
+    }
+
+    /// What a certificate's name stands for has one here too: itself, or a wildcard that has it.
+    pub fn covers(&self, name: &str) -> bool {
+        name.strip_prefix("*.").map_or_else(|| self.knows(name), |suffix| self.wildcard.contains_key(suffix))
     }
 
     fn candidates(&self, name: Option<&str>) -> &[Arc<CertifiedKey>] {
@@ -88,7 +101,7 @@ impl fmt::Debug for Resolver {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::tls::certificates::{Certificates, testing};
+    use crate::tls::certificates::testing;
 
     fn resolver(certificates: &[(&[&str], &'static rcgen::SignatureAlgorithm)]) -> (Resolver, Vec<Arc<CertifiedKey>>) {
         let made: Vec<_> = certificates.iter().map(|(names, kind)| testing::certified(names, kind)).collect();
@@ -126,6 +139,6 @@ mod tests {
     #[test]
     fn without_a_certificate_there_is_no_resolver() {
         assert!(Resolver::new(std::iter::empty()).is_none());
-        assert!(Certificates::load(&[]).is_err());
+        assert!(testing::load(&[]).is_err());
     }
 }
