@@ -24,6 +24,7 @@ pub struct Config {
     pub tls: Tls,
     pub limits: Limits,
     pub log: Log,
+    pub metrics: Metrics,
     pub listeners: Vec<Arc<Listener>>,
 }
 
@@ -99,6 +100,24 @@ pub struct Log {
 pub enum LogFormat {
     Json,
     Text,
+}
+
+/// `[metrics]`
+#[derive(Debug, Clone, PartialEq)]
+pub struct Metrics {
+    pub kernel: KernelMetrics,
+    /// The folder of a bpf file system where the kernel's counts stay.
+    pub pins: PathBuf,
+}
+
+/// Whether the kernel counts connections.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum KernelMetrics {
+    /// Where it can; else it is said once why not.
+    Auto,
+    /// Refuse to start where it cannot.
+    Require,
+    Off,
 }
 
 /// `[[listener]]`, with its upstream resolved.

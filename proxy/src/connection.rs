@@ -7,6 +7,7 @@ use crate::close;
 use crate::config::Listener;
 use crate::handshake::{Handshaken, handshake};
 use crate::observe::counters::End;
+use crate::observe::sockets::{Facts, Place, Tally};
 use crate::offload::{self, Offloaded, through_the_door};
 use crate::pipes::Share;
 use crate::relay::userspace::{Door, Stop, UserKeys, Userspace};
@@ -22,6 +23,7 @@ use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::time::Instant;
 
 /// Bytes that may lie unsent in a socket's send queue: what a stalled reader can make the kernel hold for each
 /// connection beyond its own window. Four times less makes a fast reader wait for bytes that were ready (a third more CPU).
@@ -40,19 +42,25 @@ pub struct Accepted {
 
 /// The spine. Each stage is boxed, so that what waits holds only the stage it is in.
 pub async fn serve(accepted: Accepted, worker: Rc<Worker>) {
-    let peer = accepted.peer;
-    let Some(mut relay) = Box::pin(establish(accepted, &worker)).await else { return };
+    let (peer, listener) = (accepted.peer, accepted.listener.address);
+    let client = worker.sockets.accepted(listener);
+    client.opened();
+    let Some((mut relay, facts, upstream)) = Box::pin(establish(accepted, &worker)).await else {
+        return client.closed(0, 0);
+    };
 
     let (link, ended, pending) = match relay.run().await {
         Stop::Over(ended) => (relay.link, ended, relay.to_client),
         Stop::AtDoor => match through_the_door(*relay) {
             Offloaded::Kernel(kernel) => {
+                worker.sockets.classify(kernel.link.client.fd(), listener, facts, Place::Kernel);
                 let mut kernel = Box::new(kernel);
                 let ended = kernel.run().await;
                 (kernel.link, ended, Spare::default())
             }
             Offloaded::Declined(declined, why) => {
                 worker.counters.declined(why);
+                worker.sockets.classify(declined.link.client.fd(), listener, facts, Place::Declined(why));
                 let mut relay = Box::new(declined);
                 let ended = match relay.run().await {
                     Stop::Over(ended) => ended,
@@ -65,11 +73,14 @@ pub async fn serve(accepted: Accepted, worker: Rc<Worker>) {
     };
 
     report(peer, &worker, ended.how, "relay", "");
+    let (up, down) = (link.moved_up, link.moved_down);
     Box::pin(close::close(link, ended, pending)).await;
+    upstream.closed(down, up);
+    client.closed(up, down);
 }
 
 /// Handshake and connect. `None`: the connection has ended there.
-async fn establish(accepted: Accepted, worker: &Rc<Worker>) -> Option<Box<Userspace>> {
+async fn establish(accepted: Accepted, worker: &Rc<Worker>) -> Option<(Box<Userspace>, Facts, Tally)> {
     let Accepted { client, peer, listener, share, turn, snapshot, watch } = accepted;
     let limits = &snapshot.config.limits;
     let mut client = Sock::new(client);
@@ -84,6 +95,7 @@ async fn establish(accepted: Accepted, worker: &Rc<Worker>) -> Option<Box<Usersp
     };
     let exact = offload::is_immediate(&listener, &worker.kernel);
     watch.allow(limits.handshake_timeout);
+    let begun = Instant::now();
     let Handshaken { session, leftover } = match handshake(&mut client, &watch, session, exact).await {
         Ok(done) => done,
         Err(failure) => {
@@ -93,7 +105,8 @@ async fn establish(accepted: Accepted, worker: &Rc<Worker>) -> Option<Box<Usersp
         }
     };
     worker.counters.handshakes.add(1);
-    let group = session.group();
+    let facts = session.facts()?;
+    worker.counters.handshakes_by.add(&facts, begun.elapsed());
     let keys = session.into_keys().map_err(std::io::Error::other);
     let keys = match keys.and_then(|keys| UserKeys::new(keys, limits.records_per_key)) {
         Ok(keys) => keys,
@@ -102,13 +115,18 @@ async fn establish(accepted: Accepted, worker: &Rc<Worker>) -> Option<Box<Usersp
             return None;
         }
     };
-    tracing::debug!(%peer, suite = ?keys.ring.suite.suite(), ?group, "handshake complete");
-    let door = offload::plan(&listener, &worker.kernel, keys.ring.suite).unwrap_or_else(|why| {
-        worker.counters.declined(why);
-        Door::Shut
-    });
-    let upstream = match connect(&listener.upstream, &turn, &watch, limits.connect_timeout).await {
-        Ok(upstream) => upstream,
+    tracing::debug!(%peer, suite = ?keys.ring.suite.suite(), group = ?facts.group, "handshake complete");
+    let (door, place) = match offload::plan(&listener, &worker.kernel, keys.ring.suite) {
+        Ok(door) => (door, Place::Userspace),
+        Err(why) => {
+            worker.counters.declined(why);
+            (Door::Shut, Place::Declined(why))
+        }
+    };
+    worker.sockets.classify(client.fd(), listener.address, facts, place);
+    let connected = connect(&listener.upstream, &turn, &watch, limits.connect_timeout, &worker.sockets).await;
+    let (upstream, tally) = match connected {
+        Ok(connected) => connected,
         Err(failure) => {
             report(peer, worker, failure.how, "connect", &failure.reason);
             // A FIN without a close_notify: nothing has come to a clean end.
@@ -121,7 +139,7 @@ async fn establish(accepted: Accepted, worker: &Rc<Worker>) -> Option<Box<Usersp
     watch.allow(limits.idle_timeout);
     let link =
         Link { client, upstream, watch, worker: worker.clone(), share, next_turn: None, moved_up: 0, moved_down: 0 };
-    Some(Box::new(Userspace::new(link, keys, leftover, door)))
+    Some((Box::new(Userspace::new(link, keys, leftover, door)), facts, tally))
 }
 
 /// Counts the end, and logs one that is not clean.

@@ -90,6 +90,7 @@ impl Terminator {
                 }
                 name = signals.end() => break Err(name),
                 _ = look_after.tick() => {
+                    admin.keep();
                     if self.workers.iter().any(Worker::is_finished) {
                         // The others still have connections; whoever started this process starts it again.
                         break Err("a worker has died");
@@ -104,7 +105,9 @@ impl Terminator {
             Ok(value) => (Some(value), "done"),
             Err(name) => (None, name),
         };
-        self.drain(name, &mut signals).await?;
+        let drained = self.drain(name, &mut signals).await;
+        admin.keep();
+        drained?;
         Ok(value)
     }
 

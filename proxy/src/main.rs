@@ -4,6 +4,7 @@ use clap::{Parser, Subcommand};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use tlsplice::command;
+use tlsplice::observe::ebpf::PINS;
 
 const CONFIG_FILE: &str = "/etc/tlsplice/tlsplice.toml";
 
@@ -47,8 +48,15 @@ enum Command {
     },
     /// Not in this version: the A+ report, and why not
     Grade(Later),
-    /// Not in this version: one scrape, read from the pinned eBPF maps
-    Metrics(Later),
+    /// One scrape, read from the pinned eBPF maps, whether a tlsplice runs or not
+    Metrics {
+        /// Where they are pinned: `metrics.pins` of the configuration
+        #[arg(long, value_name = "FOLDER", default_value = PINS)]
+        pins: PathBuf,
+        /// OpenMetrics instead of the Prometheus text format
+        #[arg(long)]
+        openmetrics: bool,
+    },
     /// Not in this version: the same, live, for a person
     Top(Later),
 }
@@ -66,6 +74,7 @@ Examples:
   tlsplice demo                                  see it work, then: curl -k https://127.0.0.1:8443/
   tlsplice doctor                                what this host offers, and what mends it
   tlsplice check --config tlsplice.toml          before a reload
+  tlsplice metrics                               what the kernel has counted so far
   tlsplice run --config tlsplice.toml            in the foreground; SIGHUP reloads, SIGTERM drains
 
 Exit codes:
@@ -81,7 +90,7 @@ fn main() -> ExitCode {
         Command::Doctor { json } => command::doctor::doctor(json),
         Command::Demo { once, port } => command::demo::demo(port, once),
         Command::Grade(_) => command::not_in_this_version("grade"),
-        Command::Metrics(_) => command::not_in_this_version("metrics"),
+        Command::Metrics { pins, openmetrics } => command::metrics::metrics(&pins, openmetrics),
         Command::Top(_) => command::not_in_this_version("top"),
     };
     match ended {

@@ -1,3 +1,11 @@
+pub mod cgroup;
 pub mod counters;
+pub mod ebpf;
+pub mod figures;
+pub mod kept;
 pub mod log;
+pub mod maps;
 pub mod metrics;
+pub mod sockets;
+pub mod sums;
+pub mod text;

@@ -59,6 +59,7 @@ pub struct Worker {
     pub counters: std::sync::Arc<Counters>,
     pub kernel: std::sync::Arc<crate::probe::Kernel>,
     pub splice: crate::config::SpliceMode,
+    pub sockets: crate::observe::sockets::Sockets,
     pub scratch: std::cell::RefCell<Scratch>,
 }
 

@@ -6,11 +6,13 @@
 //! complete, rustls' connection gives its keys and is gone: from there on records are protected by `protect` or by the
 //! kernel, and rustls derives the next keys. This module reads and writes no socket.
 
+use crate::observe::sockets::{Facts, ServerName};
 use crate::protect::{WIRE_BYTES, record_bytes};
+use crate::tls::resolver;
 use rustls::kernel::KernelConnection;
 use rustls::server::{ServerConnectionData, UnbufferedServerConnection};
 use rustls::unbuffered::{ConnectionState, EncodeError, EncodeTlsData, UnbufferedStatus};
-use rustls::{Error, ExtractedSecrets, ServerConfig};
+use rustls::{Error, ExtractedSecrets, HandshakeKind, ServerConfig};
 use std::sync::Arc;
 
 /// See the module.
@@ -19,6 +21,8 @@ pub struct Session {
     established: bool,
     /// Bytes at the front of the next `wire` that rustls has seen already: a handshake message in pieces.
     presented: usize,
+    /// The certificate's name that the client has asked for.
+    name: ServerName,
 }
 
 /// What became of the bytes given to `feed`.
@@ -32,12 +36,28 @@ pub struct Fed {
 
 impl Session {
     pub fn new(config: Arc<ServerConfig>) -> Result<Self, Error> {
-        Ok(Self { tls: Box::new(UnbufferedServerConnection::new(config)?), established: false, presented: 0 })
+        Ok(Self {
+            tls: Box::new(UnbufferedServerConnection::new(config)?),
+            established: false,
+            presented: 0,
+            name: ServerName::NONE,
+        })
     }
 
     /// The handshake is complete, both Finished are in.
     pub fn is_established(&self) -> bool {
         self.established
+    }
+
+    /// What came of the handshake, for those who count.
+    pub fn facts(&self) -> Option<Facts> {
+        Some(Facts {
+            name: self.name,
+            version: self.tls.protocol_version()?,
+            suite: self.tls.negotiated_cipher_suite()?.suite(),
+            group: self.group(),
+            resumed: self.tls.handshake_kind() == Some(HandshakeKind::Resumed),
+        })
     }
 
     /// The group of the key exchange, for the log.
@@ -69,6 +89,9 @@ impl Session {
     fn process(&mut self, wire: &mut [u8], fed: &mut Fed, out: &mut Vec<u8>) {
         loop {
             let UnbufferedStatus { discard, state } = self.tls.process_tls_records(&mut wire[fed.consumed..]);
+            if let Some(name) = resolver::take_asked() {
+                self.name = name;
+            }
             let mut again = true;
             match state {
                 Ok(ConnectionState::EncodeTlsData(mut data)) => encode(&mut data, out),

@@ -3,4 +3,4 @@
 pub mod certificates;
 mod pem;
 pub mod policy;
-mod resolver;
+pub mod resolver;

@@ -6,6 +6,8 @@
 use crate::accept::{Listening, accept_loop, retire};
 use crate::config::{Config, Listener};
 use crate::observe::counters::Counters;
+use crate::observe::maps::Maps;
+use crate::observe::sockets::Sockets;
 use crate::pipes::{Pipes, Share};
 use crate::probe::Kernel;
 use crate::relay::{self, Scratch};
@@ -57,7 +59,13 @@ pub struct Worker {
 
 impl Worker {
     /// Starts the thread. It inherits the caller's credentials, so privileges are dropped before.
-    pub fn spawn(index: usize, snapshot: Snapshot, open: Vec<Bound>, kernel: Arc<Kernel>) -> io::Result<Self> {
+    pub fn spawn(
+        index: usize,
+        snapshot: Snapshot,
+        open: Vec<Bound>,
+        kernel: Arc<Kernel>,
+        maps: Option<Arc<Maps>>,
+    ) -> io::Result<Self> {
         let counters = Arc::new(Counters::default());
         let (commands, receiver) = unbounded_channel();
         let (started, has_started) = std::sync::mpsc::channel();
@@ -65,7 +73,7 @@ impl Worker {
         let thread = std::thread::Builder::new().name(format!("worker-{index}")).spawn(move || match runtime() {
             Ok(runtime) => {
                 let _ = started.send(Ok(()));
-                runtime.block_on(run(snapshot, open, kernel, counted, receiver));
+                runtime.block_on(run(snapshot, open, (kernel, maps), counted, receiver));
             }
             Err(e) => drop(started.send(Err(e))),
         })?;
@@ -108,10 +116,11 @@ pub struct Core {
 }
 
 impl Core {
-    fn new(snapshot: Snapshot, kernel: Arc<Kernel>, counters: Arc<Counters>) -> Rc<Self> {
+    fn new(snapshot: Snapshot, kernel: Arc<Kernel>, counters: Arc<Counters>, maps: Option<Arc<Maps>>) -> Rc<Self> {
         let pipes = Pipes::new(pipe_cap(&snapshot.config), counters.clone());
         Rc::new(Self {
             relay: Rc::new(relay::Worker {
+                sockets: Sockets::new(maps, counters.user_endpoints.clone()),
                 counters,
                 kernel,
                 splice: snapshot.config.server.splice,
@@ -138,11 +147,11 @@ fn pipe_cap(config: &Config) -> usize {
 async fn run(
     snapshot: Snapshot,
     open: Vec<Bound>,
-    kernel: Arc<Kernel>,
+    (kernel, maps): (Arc<Kernel>, Option<Arc<Maps>>),
     counters: Arc<Counters>,
     mut commands: UnboundedReceiver<Command>,
 ) {
-    let core = Core::new(snapshot, kernel, counters);
+    let core = Core::new(snapshot, kernel, counters, maps);
     tokio_uring::spawn(tick(core.clone()));
     let mut listeners: Vec<(SocketAddr, Rc<Listening>)> = Vec::new();
     start(&core, &mut listeners, open);

@@ -10,6 +10,7 @@
 
 pub mod certificate;
 pub mod client;
+pub mod counted;
 pub mod environment;
 pub mod exchange;
 pub mod http;

@@ -34,6 +34,8 @@ pub struct Settings {
     pub server: Vec<String>,
     pub limits: Vec<String>,
     pub certificates: Vec<PathBuf>,
+    /// Lines of `[metrics]`. Counts in the kernel outlive a tlsplice, so tests of other things go without.
+    pub metrics: Vec<String>,
 }
 
 impl Settings {
@@ -46,6 +48,7 @@ impl Settings {
             server: vec!["drain_timeout = \"20s\"".into()],
             limits: Vec::new(),
             certificates: vec![ecdsa.chain.clone(), ecdsa.key.clone()],
+            metrics: vec!["kernel = \"off\"".into()],
         })
     }
 
@@ -82,6 +85,8 @@ impl Settings {
         lines(&self.server);
         lines(&["[tls]".into(), format!("certificates = [{}]", files.join(", ")), "[limits]".into()]);
         lines(&self.limits);
+        lines(&["[metrics]".into()]);
+        lines(&self.metrics);
         for (index, listener) in self.listeners.iter().enumerate() {
             let Listener { address, offload, offload_after, server } = listener;
             let _ = write!(
@@ -113,10 +118,22 @@ pub struct Proxy {
 impl Proxy {
     /// Starts it and waits until it answers.
     pub fn start(ctx: &Context, settings: Settings) -> Result<Self> {
+        Self::start_as(ctx, settings, &[])
+    }
+
+    /// The same by another program, which is given tlsplice's own command line.
+    pub fn start_as(ctx: &Context, settings: Settings, by: &[&str]) -> Result<Self> {
         let stem = ctx.environment.tmp.join(format!("{}-{}", ctx.test(), settings.admin.port()));
         let (config, log) = (stem.with_extension("toml"), stem.with_extension("log"));
         fs::write(&config, settings.text())?;
-        let mut command = Command::new(&ctx.environment.bin);
+        let mut command = match by.split_first() {
+            None => Command::new(&ctx.environment.bin),
+            Some((program, arguments)) => {
+                let mut command = Command::new(program);
+                command.args(arguments).arg("--").arg(&ctx.environment.bin);
+                command
+            }
+        };
         command.args(["run", "--config"]).arg(&config).stdin(Stdio::null()).stdout(Stdio::null());
         let process = Guarded::spawn(command.stderr(File::create(&log)?))?;
         let environment = ctx.environment.clone();

@@ -9,6 +9,7 @@ pub mod faults;
 pub mod first_request;
 pub mod idle;
 pub mod java;
+pub mod kernel_metrics;
 pub mod key_update;
 pub mod limits;
 pub mod nonces;
@@ -44,6 +45,7 @@ pub fn tests(env: &Environment) -> Vec<Test> {
     tests.extend(drain::tests(env));
     tests.extend(privileges::tests(env));
     tests.extend(commands::tests(env));
+    tests.extend(kernel_metrics::tests(env));
     tests.extend(stalled_readers::tests(env));
     tests.extend(idle::tests(env));
     tests

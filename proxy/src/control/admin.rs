@@ -1,9 +1,10 @@
 //! The HTTP endpoint for machines: `/metrics`, `/live` and `/ready`, on an address of its own.
 
-use crate::observe::metrics::{CONTENT_TYPE, Metrics};
+use crate::observe::metrics::Metrics;
+use crate::observe::text;
 use http_body_util::Full;
 use hyper::body::{Bytes, Incoming};
-use hyper::header::{ALLOW, CONTENT_TYPE as CONTENT_TYPE_HEADER};
+use hyper::header::{ACCEPT, ALLOW, CONTENT_TYPE as CONTENT_TYPE_HEADER};
 use hyper::service::service_fn;
 use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
@@ -29,6 +30,11 @@ pub struct Admin {
 }
 
 impl Admin {
+    /// Keeps what was counted.
+    pub fn keep(&self) {
+        self.metrics.keep();
+    }
+
     pub fn new(metrics: Metrics) -> Self {
         Self { metrics, is_draining: AtomicBool::new(false) }
     }
@@ -76,24 +82,32 @@ impl Admin {
 
     fn answer(&self, request: &Request<Incoming>) -> Response<Full<Bytes>> {
         if !matches!(*request.method(), Method::GET | Method::HEAD) {
-            let mut response = text(StatusCode::METHOD_NOT_ALLOWED, "GET or HEAD\n");
+            let mut response = plain(StatusCode::METHOD_NOT_ALLOWED, "GET or HEAD\n");
             response.headers_mut().insert(ALLOW, hyper::header::HeaderValue::from_static("GET, HEAD"));
             return response;
         }
         match request.uri().path() {
             "/metrics" => match self.metrics.text() {
-                Ok(metrics) => typed(StatusCode::OK, metrics, CONTENT_TYPE),
-                Err(error) => text(StatusCode::INTERNAL_SERVER_ERROR, format!("{error}\n")),
+                Ok(metrics) if wants_openmetrics(request) => typed(StatusCode::OK, metrics, text::OPENMETRICS),
+                Ok(metrics) => typed(StatusCode::OK, text::prometheus(&metrics), text::PROMETHEUS),
+                Err(error) => plain(StatusCode::INTERNAL_SERVER_ERROR, format!("{error}\n")),
             },
-            "/live" => text(StatusCode::OK, "live\n"),
-            "/ready" if self.is_draining.load(Ordering::Relaxed) => text(StatusCode::SERVICE_UNAVAILABLE, "draining\n"),
-            "/ready" => text(StatusCode::OK, "ready\n"),
-            _ => text(StatusCode::NOT_FOUND, "/metrics, /live, /ready\n"),
+            "/live" => plain(StatusCode::OK, "live\n"),
+            "/ready" if self.is_draining.load(Ordering::Relaxed) => {
+                plain(StatusCode::SERVICE_UNAVAILABLE, "draining\n")
+            }
+            "/ready" => plain(StatusCode::OK, "ready\n"),
+            _ => plain(StatusCode::NOT_FOUND, "/metrics, /live, /ready\n"),
         }
     }
 }
 
-fn text(status: StatusCode, body: impl Into<Bytes>) -> Response<Full<Bytes>> {
+/// Several headers of one name are one list (RFC 9110 section 5.3).
+fn wants_openmetrics(request: &Request<Incoming>) -> bool {
+    request.headers().get_all(ACCEPT).iter().filter_map(|v| v.to_str().ok()).any(text::wants_openmetrics)
+}
+
+fn plain(status: StatusCode, body: impl Into<Bytes>) -> Response<Full<Bytes>> {
     typed(status, body, "text/plain; charset=utf-8")
 }
 

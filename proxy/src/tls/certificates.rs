@@ -35,6 +35,8 @@ pub struct Served {
     pub chain_length: usize,
     /// For people, UTC.
     pub not_after: String,
+    /// The same in seconds since 1970.
+    pub not_after_seconds: i64,
     /// Empty for a certificate that came from no file.
     pub certificate_file: PathBuf,
     pub key_file: PathBuf,
@@ -126,6 +128,7 @@ impl Served {
             key_kind: kind(&*key),
             chain_length: chain.chain.len(),
             not_after: chain.leaf.not_after.to_string(),
+            not_after_seconds: chain.leaf.not_after.timestamp(),
             certificate_file: chain.file.clone(),
             key_file,
             certified: Arc::new(CertifiedKey::new(chain.chain.clone(), key)),

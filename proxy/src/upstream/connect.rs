@@ -3,13 +3,14 @@
 use crate::close::writable;
 use crate::config::{ServerAddress, Upstream};
 use crate::observe::counters::End;
+use crate::observe::sockets::{Sockets, Tally};
 use crate::ring::Sock;
 use crate::sys::socket;
 use crate::watch::{Verdict, Watch};
 use socket2::{Domain, SockAddr, Socket, Type};
 use std::cell::Cell;
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::time::Duration;
 
 /// A unix listener whose backlog is full answers EAGAIN and wakes nobody.
@@ -22,15 +23,24 @@ pub struct Failure {
 }
 
 /// Connects, within what the watch allows for each server. `turn` counts the connections of this worker.
-pub async fn connect(upstream: &Upstream, turn: &Cell<usize>, watch: &Watch, each: Duration) -> Result<Sock, Failure> {
+///
+/// Says of each socket whose it is before it connects.
+pub async fn connect(
+    upstream: &Upstream,
+    turn: &Cell<usize>,
+    watch: &Watch,
+    each: Duration,
+    sockets: &Sockets,
+) -> Result<(Sock, Tally), Failure> {
     let first = turn.replace(turn.get().wrapping_add(1));
     let mut failure = Failure { how: End::ConnectFailed, reason: String::new() };
     for n in 0..upstream.servers.len() {
         let server = &upstream.servers[first.wrapping_add(n) % upstream.servers.len()];
         watch.forgive();
         watch.allow(each);
-        match one(server, watch).await {
-            Ok(sock) => return Ok(sock),
+        let label = |socket: BorrowedFd<'_>| sockets.connecting(socket, &upstream.name, server);
+        match one(server, watch, label).await {
+            Ok(connected) => return Ok(connected),
             Err(e) => {
                 let name = match server {
                     ServerAddress::Tcp(address) => address.to_string(),
@@ -51,7 +61,11 @@ pub async fn connect(upstream: &Upstream, turn: &Cell<usize>, watch: &Watch, eac
     Err(failure)
 }
 
-async fn one(server: &ServerAddress, watch: &Watch) -> io::Result<Sock> {
+async fn one(
+    server: &ServerAddress,
+    watch: &Watch,
+    label: impl Fn(BorrowedFd<'_>) -> Tally,
+) -> io::Result<(Sock, Tally)> {
     let (domain, address) = match server {
         ServerAddress::Tcp(address) => (Domain::for_address(*address), SockAddr::from(*address)),
         ServerAddress::Unix(path) => (Domain::UNIX, SockAddr::unix(path)?),
@@ -60,23 +74,33 @@ async fn one(server: &ServerAddress, watch: &Watch) -> io::Result<Sock> {
     if domain != Domain::UNIX {
         socket::set_nodelay(socket.as_fd())?;
     }
+    let tally = label(socket.as_fd());
     loop {
         match socket.connect(&address) {
-            Ok(()) => return Ok(Sock::new(socket.into())),
+            Ok(()) => {
+                tally.opened();
+                return Ok((Sock::new(socket.into()), tally));
+            }
             Err(e) if e.raw_os_error() == Some(libc::EINPROGRESS) => break,
             Err(e) if socket::is_again(&e) && watch.verdict().is_none() => tokio::time::sleep(UNIX_BACKLOG_RETRY).await,
-            Err(e) if socket::is_again(&e) => return Err(io::ErrorKind::TimedOut.into()),
-            Err(e) => return Err(e),
+            Err(e) => {
+                tally.refused();
+                return Err(if socket::is_again(&e) { io::ErrorKind::TimedOut.into() } else { e });
+            }
         }
     }
     let mut sock = Sock::new(socket.into());
     sock.writable = false;
     let in_time = writable(&mut sock, watch).await;
     let result = match socket::take_error(sock.fd()) {
-        Ok(None) if in_time => return Ok(sock),
+        Ok(None) if in_time => {
+            tally.opened();
+            return Ok((sock, tally));
+        }
         Ok(None) => Err(io::ErrorKind::TimedOut.into()),
         Ok(Some(e)) | Err(e) => Err(e),
     };
+    tally.refused();
     sock.cancel().await;
     result
 }
