@@ -63,7 +63,7 @@ pub struct Progress {
     pub retransmits: u32,
     pub class_retransmits: u32,
     pub endpoint: u32,
-    /// The class that counts it as live; 0: none yet.
+    /// The class that counts it as live; 0: none yet; `NO_CLASS`: it never has one.
     pub class: u32,
     pub flags: u32,
     pub padding: u32,

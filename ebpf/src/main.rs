@@ -149,6 +149,7 @@ fn established(ctx: &SockOpsContext) {
         progress.base_acked = (*ops).bytes_acked;
     }
     progress.endpoint = labels.endpoint;
+    progress.class = if labels.class == NO_CLASS { NO_CLASS } else { 0 };
     if let Some(sums) = ENDPOINT_SUMS.get_ptr_mut(labels.endpoint) {
         // SAFETY: a row of the map.
         add(unsafe { &raw mut (*sums).opened }, 1);
@@ -158,6 +159,9 @@ fn established(ctx: &SockOpsContext) {
 
 #[inline(always)]
 fn changed(ops: *mut bpf_sock_ops, old: u32, new: u32) {
+    if new != CLOSED && new != CLOSE_WAIT && new != CLOSING && new != FIN_WAIT2 {
+        return;
+    }
     let Some(progress) = PROGRESS.get(ops, 0) else {
         if old == SYN_SENT && new == CLOSED {
             refused(ops);
@@ -210,7 +214,8 @@ fn round_trip(ops: *mut bpf_sock_ops) {
             observe(unsafe { &raw mut (*sums).first_ack }, now.wrapping_sub(progress.since_ns) / 1000);
         }
     }
-    if now.wrapping_sub(progress.flushed_ns) < ACCOUNT_NS {
+    // One that has no class yet may have got one meanwhile.
+    if progress.class != 0 && now.wrapping_sub(progress.flushed_ns) < ACCOUNT_NS {
         return;
     }
     progress.flushed_ns = now;
@@ -261,6 +266,9 @@ fn account(ops: *mut bpf_sock_ops, progress: &mut Progress, fin_acknowledged: bo
                 observe(&raw mut (*sums).rtt, u64::from(srtt >> 3));
             }
         }
+    }
+    if progress.class == NO_CLASS {
+        return;
     }
     let Some(labels) = LABELS.get(ops, 0) else { return };
     let class = labels.class;

@@ -5,6 +5,7 @@ pub mod demo;
 pub mod doctor;
 pub mod metrics;
 pub mod run;
+pub mod top;
 
 use crate::exit::Failure;
 use std::io::{self, IsTerminal, Write};

@@ -7,6 +7,7 @@ use crate::close;
 use crate::config::Listener;
 use crate::handshake::{Handshaken, handshake};
 use crate::observe::counters::End;
+use crate::observe::live::Listed;
 use crate::observe::sockets::{Facts, Place, Tally};
 use crate::offload::{self, Offloaded, through_the_door};
 use crate::pipes::Share;
@@ -45,7 +46,7 @@ pub async fn serve(accepted: Accepted, worker: Rc<Worker>) {
     let (peer, listener) = (accepted.peer, accepted.listener.address);
     let client = worker.sockets.accepted(listener);
     client.opened();
-    let Some((mut relay, facts, upstream)) = Box::pin(establish(accepted, &worker)).await else {
+    let Some(Established { mut relay, facts, upstream, listed }) = Box::pin(establish(accepted, &worker)).await else {
         return client.closed(0, 0);
     };
 
@@ -54,6 +55,7 @@ pub async fn serve(accepted: Accepted, worker: Rc<Worker>) {
         Stop::AtDoor => match through_the_door(*relay) {
             Offloaded::Kernel(kernel) => {
                 worker.sockets.classify(kernel.link.client.fd(), listener, facts, Place::Kernel);
+                listed.moved_to(Place::Kernel);
                 let mut kernel = Box::new(kernel);
                 let ended = kernel.run().await;
                 (kernel.link, ended, Spare::default())
@@ -61,6 +63,7 @@ pub async fn serve(accepted: Accepted, worker: Rc<Worker>) {
             Offloaded::Declined(declined, why) => {
                 worker.counters.declined(why);
                 worker.sockets.classify(declined.link.client.fd(), listener, facts, Place::Declined(why));
+                listed.moved_to(Place::Declined(why));
                 let mut relay = Box::new(declined);
                 let ended = match relay.run().await {
                     Stop::Over(ended) => ended,
@@ -73,14 +76,23 @@ pub async fn serve(accepted: Accepted, worker: Rc<Worker>) {
     };
 
     report(peer, &worker, ended.how, "relay", "");
+    drop(listed);
     let (up, down) = (link.moved_up, link.moved_down);
     Box::pin(close::close(link, ended, pending)).await;
     upstream.closed(down, up);
     client.closed(up, down);
 }
 
+/// A connection that has both its ends, and what is counted and told of it.
+struct Established {
+    relay: Box<Userspace>,
+    facts: Facts,
+    upstream: Tally,
+    listed: Listed,
+}
+
 /// Handshake and connect. `None`: the connection has ended there.
-async fn establish(accepted: Accepted, worker: &Rc<Worker>) -> Option<(Box<Userspace>, Facts, Tally)> {
+async fn establish(accepted: Accepted, worker: &Rc<Worker>) -> Option<Established> {
     let Accepted { client, peer, listener, share, turn, snapshot, watch } = accepted;
     let limits = &snapshot.config.limits;
     let mut client = Sock::new(client);
@@ -139,7 +151,9 @@ async fn establish(accepted: Accepted, worker: &Rc<Worker>) -> Option<(Box<Users
     watch.allow(limits.idle_timeout);
     let link =
         Link { client, upstream, watch, worker: worker.clone(), share, next_turn: None, moved_up: 0, moved_down: 0 };
-    Some((Box::new(Userspace::new(link, keys, leftover, door)), facts, tally))
+    let sockets = (link.client.watched(), link.upstream.watched());
+    let listed = worker.sockets.live.enter((peer, listener.address), (facts, place), sockets);
+    Some(Established { relay: Box::new(Userspace::new(link, keys, leftover, door)), facts, upstream: tally, listed })
 }
 
 /// Counts the end, and logs one that is not clean.

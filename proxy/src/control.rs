@@ -65,7 +65,7 @@ impl Terminator {
         let uncaught = |e| Failure::Host(format!("catch signals: {e}"));
         let mut hangup = signal(SignalKind::hangup()).map_err(uncaught)?;
         let mut signals = Signals::new().map_err(uncaught)?;
-        let admin = Arc::new(Admin::new(self.metrics()));
+        let admin = Arc::new(Admin::new(self.metrics(), self.workers.iter().map(Worker::line).collect()));
         self.serve_admin(&admin);
         self.say_ready();
         tokio::pin!(until);

@@ -1,6 +1,7 @@
 //! The command line of `tlsplice`.
 
 use clap::{Parser, Subcommand};
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use tlsplice::command;
@@ -57,8 +58,21 @@ enum Command {
         #[arg(long)]
         openmetrics: bool,
     },
-    /// Not in this version: the same, live, for a person
-    Top(Later),
+    /// The same, live, for a person
+    Top {
+        /// Tells where the maps are pinned and where the admin endpoint is
+        #[arg(long, value_name = "FILE", default_value = CONFIG_FILE)]
+        config: PathBuf,
+        /// Instead of what the configuration says
+        #[arg(long, value_name = "FOLDER")]
+        pins: Option<PathBuf>,
+        /// Instead of what the configuration says
+        #[arg(long, value_name = "IP:PORT")]
+        admin: Option<SocketAddr>,
+        /// Print the tables once, with rates over a second, and end
+        #[arg(long)]
+        once: bool,
+    },
 }
 
 /// Whatever the command will take once it is there.
@@ -91,7 +105,9 @@ fn main() -> ExitCode {
         Command::Demo { once, port } => command::demo::demo(port, once),
         Command::Grade(_) => command::not_in_this_version("grade"),
         Command::Metrics { pins, openmetrics } => command::metrics::metrics(&pins, openmetrics),
-        Command::Top(_) => command::not_in_this_version("top"),
+        Command::Top { config, pins, admin, once } => {
+            command::top::top(&command::top::Wanted { config: &config, pins, admin, once })
+        }
     };
     match ended {
         Ok(code) => ExitCode::from(code),

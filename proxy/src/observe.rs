@@ -3,6 +3,7 @@ pub mod counters;
 pub mod ebpf;
 pub mod figures;
 pub mod kept;
+pub mod live;
 pub mod log;
 pub mod maps;
 pub mod metrics;

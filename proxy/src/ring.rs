@@ -14,7 +14,7 @@ use std::future::Future;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::pin::Pin;
-use std::rc::Rc;
+use std::rc::{Rc, Weak};
 use std::task::{Context, Poll};
 use tokio::io::unix::AsyncFd;
 use tokio_uring::{InFlightOneshot, OneshotOutputTransform, UnsubmittedOneshot};
@@ -61,6 +61,11 @@ enum Writing {
 impl Sock {
     pub fn new(fd: OwnedFd) -> Self {
         Self { fd: Rc::new(fd), reading: None, writing: None, half_closed: false, readable: true, writable: true }
+    }
+
+    /// The descriptor for as long as the socket is open, for those who look on.
+    pub fn watched(&self) -> Weak<OwnedFd> {
+        Rc::downgrade(&self.fd)
     }
 
     pub fn fd(&self) -> BorrowedFd<'_> {

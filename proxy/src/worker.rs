@@ -6,6 +6,7 @@
 use crate::accept::{Listening, accept_loop, retire};
 use crate::config::{Config, Listener};
 use crate::observe::counters::Counters;
+use crate::observe::live::Connection;
 use crate::observe::maps::Maps;
 use crate::observe::sockets::Sockets;
 use crate::pipes::{Pipes, Share};
@@ -20,6 +21,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
+use tokio::sync::oneshot;
 
 /// Entries of the submission queue: one turn of a busy worker. A full one is flushed early, never refused.
 const RING_ENTRIES: u32 = 1024;
@@ -48,6 +50,8 @@ pub enum Command {
     Reload { snapshot: Snapshot, open: Vec<Bound> },
     /// Accept until nothing is queued, close the listeners, end when the last connection has, or cut them at the deadline.
     Drain { deadline: Instant },
+    /// Tell of at most so many connections.
+    List { limit: usize, answer: oneshot::Sender<Vec<Connection>> },
 }
 
 /// A running worker.
@@ -85,6 +89,11 @@ impl Worker {
     pub fn send(&self, command: Command) {
         // A worker that is gone has nothing left to be told.
         let _ = self.commands.send(command);
+    }
+
+    /// For others who ask the worker something.
+    pub fn line(&self) -> UnboundedSender<Command> {
+        self.commands.clone()
     }
 
     /// The thread has ended, which without a drain means that it has died.
@@ -160,6 +169,10 @@ async fn run(
             Command::Reload { snapshot, open } => {
                 *core.snapshot.borrow_mut() = Rc::new(snapshot);
                 reload(&core, &mut listeners, open);
+            }
+            Command::List { limit, answer } => {
+                // Whoever asked may have gone.
+                let _ = answer.send(core.relay.sockets.live.list(limit));
             }
             Command::Drain { deadline } => return drain(&core, listeners, deadline).await,
         }

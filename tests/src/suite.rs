@@ -16,6 +16,7 @@ pub mod nonces;
 pub mod peers;
 pub mod privileges;
 pub mod programs;
+pub mod prometheus;
 pub mod real_clients;
 pub mod reload;
 pub mod slow_readers;
@@ -46,6 +47,7 @@ pub fn tests(env: &Environment) -> Vec<Test> {
     tests.extend(privileges::tests(env));
     tests.extend(commands::tests(env));
     tests.extend(kernel_metrics::tests(env));
+    tests.extend(prometheus::tests(env));
     tests.extend(stalled_readers::tests(env));
     tests.extend(idle::tests(env));
     tests

@@ -125,6 +125,7 @@ pub fn make_sure(groups: &[Group]) -> Result<()> {
     }
     if groups.contains(&Group::Peers) {
         peers::nginx()?;
+        peers::prometheus()?;
     }
     if groups.contains(&Group::Lint) {
         rustup_component("rustfmt", "cargo-fmt")?;

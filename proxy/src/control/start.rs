@@ -205,6 +205,7 @@ impl Credentials {
 
 fn end_root(user: Option<&str>) -> Result<Credentials, Failure> {
     if !privilege::is_root() {
+        privilege::give_back_loader_capabilities().map_err(|e| Failure::Host(e.to_string()))?;
         return Ok(Credentials::AsStarted);
     }
     let name = user.unwrap_or(DEFAULT_USER);

@@ -6,7 +6,7 @@
 //! are never two. Whatever is missing is said in one line, and tlsplice serves on. eBPF only observes.
 
 use super::cgroup::{Cgroup, mount_of};
-use super::maps::{Locked, Maps};
+use super::maps::{Locked, Maps, PROGRAM_PIN};
 use crate::config::{KernelMetrics, Metrics};
 use crate::sys::bpf;
 use aya::programs::links::FdLink;
@@ -133,17 +133,22 @@ fn load(pins: &Path) -> Result<(Maps, Vec<String>), String> {
     }
     let mut ebpf = loader.load(object).map_err(|e| refused("make the maps", &e))?;
     // Before the program is: maps of another shape must not be written to.
+    Maps::open(&folder).map_err(|e| format!("open the pinned maps: {e}"))?;
+    attach(&mut ebpf, &cgroup, &folder)?;
     let maps = Maps::open(&folder).map_err(|e| format!("open the pinned maps: {e}"))?;
-    attach(&mut ebpf, &cgroup, &folder.join(LINK))?;
     drop(locked);
     maps.name_reserved_rows();
     Ok((maps, remarks(pins, &cgroup)))
 }
 
-fn attach(ebpf: &mut Ebpf, cgroup: &Cgroup, pin: &Path) -> Result<(), String> {
+fn attach(ebpf: &mut Ebpf, cgroup: &Cgroup, folder: &Path) -> Result<(), String> {
     let program = ebpf.program_mut(PROGRAM).ok_or_else(|| format!("the eBPF object has no program {PROGRAM}"))?;
     let program: &mut SockOps = program.try_into().map_err(|e| refused("take the program", &e))?;
     program.load().map_err(|e| refused("load the program", &e))?;
+    let pin = folder.join(PROGRAM_PIN);
+    remove_pin(&pin)?;
+    program.pin(&pin).map_err(|e| refused("pin the program", &e))?;
+    let pin = &folder.join(LINK);
     if let Ok(link) = bpf::open_pin(pin)
         && bpf::cgroup_of_link(link.as_fd()).is_ok_and(|id| id == cgroup.id)
     {
@@ -151,17 +156,21 @@ fn attach(ebpf: &mut Ebpf, cgroup: &Cgroup, pin: &Path) -> Result<(), String> {
         return bpf::replace_program(link.as_fd(), fd.as_fd())
             .map_err(|e| format!("put the new program into the pinned link: {e}"));
     }
-    match fs::remove_file(pin) {
-        Ok(()) => {}
-        Err(e) if e.kind() == io::ErrorKind::NotFound => {}
-        Err(e) => return Err(format!("remove the dead link {}: {e}", pin.display())),
-    }
+    remove_pin(pin)?;
     let folder = File::open(&cgroup.path).map_err(|e| format!("{}: {e}", cgroup.path.display()))?;
     let attached = program.attach(folder, CgroupAttachMode::Single);
     let id = attached.map_err(|e| refused(&format!("attach to {}", cgroup.path.display()), &e))?;
     let link = program.take_link(id).map_err(|e| refused("take the link", &e))?;
     let link: FdLink = link.try_into().map_err(|e| refused("take the link", &e))?;
     link.pin(pin).map_err(|e| refused("pin the link", &e)).map(drop)
+}
+
+fn remove_pin(pin: &Path) -> Result<(), String> {
+    match fs::remove_file(pin) {
+        Ok(()) => Ok(()),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(e) => Err(format!("remove the pin {}: {e}", pin.display())),
+    }
 }
 
 /// One line for an error of aya's, whose causes are nested.

@@ -5,7 +5,7 @@
 //! The names are pinned beside the sums, so that a later process, or `tlsplice metrics` without any, knows what they
 //! mean. A row is never given another meaning; when all are taken the rest goes to the row for others.
 
-use crate::sys::bpf::{self, Plain, Shape};
+use crate::sys::bpf::{self, Plain, Runs, Shape};
 use std::collections::HashMap;
 use std::fs::File;
 use std::io;
@@ -15,6 +15,9 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use tlsplice_ebpf::{
     CLASSES, ClassName, ClassSums, ENDPOINTS, EndpointName, Histogram, Labels, OTHER_CLASS, Sums, Text, WORDS, WordName,
 };
+
+/// The pin of the program, for its figures.
+pub const PROGRAM_PIN: &str = "PROGRAM";
 
 /// The pins of one layout.
 #[derive(Debug)]
@@ -26,6 +29,8 @@ pub struct Maps {
     class_names: OwnedFd,
     words: OwnedFd,
     word_names: OwnedFd,
+    /// The program that counts now, if it is pinned.
+    program: Option<OwnedFd>,
     cpus: usize,
     /// The folder. Whoever names a row holds its lock, against other processes.
     folder: File,
@@ -55,6 +60,8 @@ impl<N> Default for Table<N> {
 /// What the kernel has counted, at one moment.
 #[derive(Debug, Default)]
 pub struct Reading {
+    /// Of the program; none unless the kernel is told to count them.
+    pub runs: Runs,
     pub endpoints: Vec<(EndpointName, Sums)>,
     pub classes: Vec<(ClassName, ClassSums)>,
 }
@@ -83,6 +90,7 @@ impl Maps {
             class_names: pin("CLASS_NAMES", Some(Shape::of::<ClassName>(CLASSES)))?,
             words: pin("USER_WORDS", Some(Shape::of::<u64>(WORDS)))?,
             word_names: pin("USER_NAMES", Some(Shape::of::<WordName>(WORDS)))?,
+            program: bpf::open_pin(&folder.join(PROGRAM_PIN)).ok(),
             cpus: possible_cpus()?,
             folder: File::open(folder)?,
             rows: Mutex::default(),
@@ -146,7 +154,8 @@ impl Maps {
     /// A map cannot be read, which no kernel refuses once it is open.
     pub fn read(&self) -> io::Result<Reading> {
         let (endpoints, classes) = self.names()?;
-        let mut reading = Reading::default();
+        let runs = self.program.as_ref().and_then(|program| bpf::runs(program.as_fd()).ok()).unwrap_or_default();
+        let mut reading = Reading { runs, ..Reading::default() };
         for (row, name) in endpoints {
             let each = bpf::lookup_each_cpu::<Sums>(self.endpoints.as_fd(), row, self.cpus)?;
             reading.endpoints.push((name, each.iter().fold(ZERO_SUMS, add_sums)));

@@ -6,6 +6,7 @@
 //! sockets, or everything where it does not count) is counted here, under the same names.
 
 use super::counters::{Count, Decline, Label};
+use super::live::Live;
 use super::maps::Maps;
 use crate::config::ServerAddress;
 use rustls::{CipherSuite, NamedGroup, ProtocolVersion};
@@ -86,7 +87,7 @@ pub enum Place {
 }
 
 impl Place {
-    fn name(self) -> &'static str {
+    pub fn name(self) -> &'static str {
         match self {
             Self::Userspace => "userspace",
             Self::Kernel => "kernel",
@@ -171,6 +172,8 @@ pub struct Sockets {
     counted: Arc<UserEndpoints>,
     endpoints: RefCell<HashMap<Endpoint, Known>>,
     classes: RefCell<HashMap<(Facts, Place), u32>>,
+    /// Those that are established.
+    pub live: Live,
 }
 
 #[derive(Clone)]
@@ -208,7 +211,7 @@ impl Tally {
 
 impl Sockets {
     pub fn new(maps: Option<Arc<Maps>>, counted: Arc<UserEndpoints>) -> Self {
-        Self { maps, counted, endpoints: RefCell::default(), classes: RefCell::default() }
+        Self { maps, counted, endpoints: RefCell::default(), classes: RefCell::default(), live: Live::default() }
     }
 
     /// A client's connection, which has its listener's label already.

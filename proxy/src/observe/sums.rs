@@ -205,6 +205,7 @@ pub fn connections(to: &mut DescriptorEncoder<'_>, workers: &[Arc<Counters>], ke
         }
     }
     let Some(kernel) = kernel else { return Ok(()) };
+    runs(to, kernel)?;
     tcp(to, &rows)?;
     classes(to, &kernel.classes)
 }
@@ -239,6 +240,21 @@ fn add_user(rows: &mut Vec<Row<'_>>, endpoint: &Endpoint, sums: &UserSums) {
     to.refused += sums.refused.get();
     to.bytes_in += sums.bytes_in.get();
     to.bytes_out += sums.bytes_out.get();
+}
+
+/// What counting costs, while kernel.bpf_stats_enabled is 1.
+fn runs(to: &mut DescriptorEncoder<'_>, kernel: &Reading) -> fmt::Result {
+    if kernel.runs.count == 0 {
+        return Ok(());
+    }
+    let help = "Runs of the eBPF program since it was loaded";
+    let family = to.encode_descriptor("tlsplice_ebpf_runs", help, None, MetricType::Counter)?;
+    ConstCounter::new(kernel.runs.count).encode(family)?;
+    let help = "Time in the eBPF program since it was loaded";
+    let family = to.encode_descriptor("tlsplice_ebpf_run_seconds", help, None, MetricType::Counter)?;
+    #[expect(clippy::cast_precision_loss, reason = "a sum of times")]
+    let seconds = kernel.runs.nanoseconds as f64 * 1e-9;
+    ConstCounter::new(seconds).encode(family)
 }
 
 /// What only the kernel sees.

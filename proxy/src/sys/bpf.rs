@@ -175,6 +175,26 @@ pub fn shape(map: BorrowedFd<'_>) -> io::Result<Shape> {
     Ok(Shape { value_bytes: found.value_bytes, entries: found.entries })
 }
 
+/// How often a program has run, and for how long: counted only while kernel.bpf_stats_enabled is 1.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Runs {
+    pub count: u64,
+    pub nanoseconds: u64,
+}
+
+/// Words of `struct bpf_prog_info` up to `run_cnt`, and the places of the two that are read.
+const PROGRAM_INFO_WORDS: usize = 26;
+const RUN_TIME_WORD: usize = 24;
+const RUN_COUNT_WORD: usize = 25;
+
+/// What the kernel says of a program's runs.
+pub fn runs(program: BorrowedFd<'_>) -> io::Result<Runs> {
+    let mut found = [0_u64; PROGRAM_INFO_WORDS];
+    let len = u32::try_from(size_of_val(&found)).unwrap_or(0);
+    bpf(OBJ_GET_INFO_BY_FD, &Info { fd: fd_word(program), len, info: found.as_mut_ptr() as u64 })?;
+    Ok(Runs { count: found[RUN_COUNT_WORD], nanoseconds: found[RUN_TIME_WORD] })
+}
+
 /// Puts another program in the place of the link's, without a moment in between.
 pub fn replace_program(link: BorrowedFd<'_>, program: BorrowedFd<'_>) -> io::Result<()> {
     bpf(LINK_UPDATE, &Update { link: fd_word(link), program: fd_word(program), ..Update::default() }).map(drop)

@@ -127,6 +127,40 @@ fn ioctl_int(socket: BorrowedFd<'_>, request: libc::c_ulong) -> io::Result<usize
     Ok(usize::try_from(value).unwrap_or(0))
 }
 
+/// What TCP_INFO says of a connection, as far as people look at it.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct TcpInfo {
+    pub rtt_us: u32,
+    pub retransmits: u32,
+    pub bytes_acked: u64,
+    pub bytes_received: u64,
+}
+
+/// Places in `struct tcp_info` (include/uapi/linux/tcp.h), which libc's own definition ends before.
+const TCP_INFO_RTT: usize = 68;
+const TCP_INFO_RETRANSMITS: usize = 100;
+const TCP_INFO_ACKED: usize = 120;
+const TCP_INFO_RECEIVED: usize = 128;
+const TCP_INFO_BYTES: usize = 136;
+
+pub fn tcp_info(socket: BorrowedFd<'_>) -> io::Result<TcpInfo> {
+    let mut bytes = [0_u8; TCP_INFO_BYTES];
+    let mut len = TCP_INFO_BYTES as libc::socklen_t;
+    // SAFETY: the kernel writes at most `len` bytes, the size of the array, which outlives the call.
+    let r = unsafe {
+        libc::getsockopt(socket.as_raw_fd(), libc::IPPROTO_TCP, libc::TCP_INFO, bytes.as_mut_ptr().cast(), &mut len)
+    };
+    cvt(r)?;
+    let word = |at: usize| bytes[at..at + 4].iter().rev().fold(0_u32, |word, byte| word << 8 | u32::from(*byte));
+    let long = |at: usize| u64::from(word(at)) | u64::from(word(at + 4)) << 32;
+    Ok(TcpInfo {
+        rtt_us: word(TCP_INFO_RTT),
+        retransmits: word(TCP_INFO_RETRANSMITS),
+        bytes_acked: long(TCP_INFO_ACKED),
+        bytes_received: long(TCP_INFO_RECEIVED),
+    })
+}
+
 /// Takes and clears the pending error (SO_ERROR): after it an alert can still be sent on a TLS socket.
 pub fn take_error(socket: BorrowedFd<'_>) -> io::Result<Option<io::Error>> {
     let code = get_int(socket, libc::SOL_SOCKET, libc::SO_ERROR)?;

@@ -22,6 +22,7 @@ pub fn tests(env: &Environment) -> Vec<Test> {
     tests.push(Test::new(env, "a_new_program_takes_over_in_a_storm_without_a_loss", replaced));
     tests.push(Test::new(env, "server_names_of_a_hostile_client_take_no_memory", names));
     tests.push(Test::new(env, "without_bpffs_or_capabilities_it_serves_and_says_so", without));
+    tests.push(Test::new(env, "what_counting_in_the_kernel_costs_is_told", cost));
     if env.offload {
         tests.push(Test::new(env, "a_spliced_gigabyte_is_counted_to_the_byte", gigabyte));
     }
@@ -415,4 +416,79 @@ fn gigabyte(ctx: &Context) -> Result<()> {
         figures(&metrics, "client")
     ));
     proxy.finish(ctx).map(drop)
+}
+
+/// Rounds of each kind, alternating; the medians are compared.
+const COST_ROUNDS: usize = 5;
+/// Far above what was ever measured (7 %), and below what a mistake in the program would cost: this machine may be busy.
+const COST_LIMIT: f64 = 1.5;
+
+fn cost(ctx: &Context) -> Result<()> {
+    let pins = Pins::mount(ctx)?;
+    let stats = Path::new("/proc/sys/kernel/bpf_stats_enabled");
+    let truth = Arc::new(Truth::default());
+    let server = Server::start(truth.clone())?;
+    let config = client_config(ctx)?;
+    let count = ctx.environment.scale(1_000, 100);
+    let (mut without, mut with, mut runs) = (Vec::new(), Vec::new(), None);
+    for round in 0..2 * COST_ROUNDS {
+        let mut settings = Settings::new(ctx, default_relay(ctx))?.listen(50_000, &server.address.to_string())?;
+        if round % 2 == 1 {
+            pins.settings(&mut settings);
+        }
+        let proxy = Proxy::start(ctx, settings)?;
+        let storm = |count| {
+            storm(4, count, |_, random| {
+                let sizes = (random.range(1, 4_000), random.range(1, 4_000));
+                connect(&config, proxy.address(0), &truth, Kind::Clean, sizes)
+            })
+        };
+        storm(50)?;
+        let before = crate::scrape::cpu_ns(proxy.pid())?;
+        storm(count)?;
+        proxy.settled()?;
+        let each = (crate::scrape::cpu_ns(proxy.pid())? - before) / count;
+        if round % 2 == 1 {
+            with.push(each)
+        } else {
+            without.push(each)
+        }
+        if round == 2 * COST_ROUNDS - 1 && fs::write(stats, "1").is_ok() {
+            let fetch = || pinned_text(ctx, &pins.folder());
+            let then = float(&fetch()?, "tlsplice_ebpf_runs_total");
+            let spent = float(&fetch()?, "tlsplice_ebpf_run_seconds_total");
+            storm(count)?;
+            proxy.settled()?;
+            let now = fetch()?;
+            let _ = fs::write(stats, "0");
+            let n = float(&now, "tlsplice_ebpf_runs_total") - then;
+            let seconds = float(&now, "tlsplice_ebpf_run_seconds_total") - spent;
+            ensure!(n > 0.0, "the program has not run: {now}");
+            runs = Some((n / count as f64, seconds / n * 1e9));
+        }
+        proxy.finish(ctx)?;
+    }
+    without.sort_unstable();
+    with.sort_unstable();
+    let (off, on) = (without[COST_ROUNDS / 2], with[COST_ROUNDS / 2]);
+    let ratio = on as f64 / off as f64;
+    let (each, ns) = runs.unwrap_or((0.0, 0.0));
+    ctx.note(&format!(
+        "CPU of tlsplice per connection, medians of {COST_ROUNDS}: {off} ns without, {on} ns with ({:+.1} %); bpf_stats: {each:.1} runs a connection, {ns:.0} ns each",
+        (ratio - 1.0) * 100.0
+    ));
+    ensure!(ratio < COST_LIMIT, "counting costs {ratio:.2} times as much; without {without:?}, with {with:?}");
+    Ok(())
+}
+
+fn pinned_text(ctx: &Context, pins: &Path) -> Result<String> {
+    let output = Command::new(&ctx.environment.bin).arg("metrics").arg("--pins").arg(pins).output()?;
+    ensure!(output.status.success(), "tlsplice metrics: {}", output.status);
+    Ok(String::from_utf8(output.stdout)?)
+}
+
+/// The value of a sample without labels; 0 if there is none.
+fn float(text: &str, name: &str) -> f64 {
+    let line = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+    line.and_then(|value| value.parse().ok()).unwrap_or(0.0)
 }
