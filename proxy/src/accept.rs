@@ -5,6 +5,7 @@
 
 use crate::config::Listener;
 use crate::connection::{Accepted, serve};
+use crate::observe::sockets::Tally;
 use crate::pipes::Share;
 use crate::ring::{NextTurn, Sock};
 use crate::sys::socket;
@@ -47,7 +48,7 @@ impl Listening {
     pub fn new(listener: Arc<Listener>, socket: OwnedFd, share: Rc<Share>) -> Rc<Self> {
         Rc::new(Self {
             listener: RefCell::new(listener),
-            sock: RefCell::new(Some(Sock::new(socket))),
+            sock: RefCell::new(Some(Sock::new(socket, Tally::default()))),
             share,
             turn: Rc::default(),
             closing: Cell::new(false),

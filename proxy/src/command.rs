@@ -4,7 +4,9 @@ pub mod check;
 pub mod demo;
 pub mod doctor;
 pub mod grade;
+pub mod metrics;
 pub mod run;
+pub mod top;
 
 use crate::exit::Failure;
 use std::io::{self, IsTerminal, Write};

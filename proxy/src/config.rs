@@ -27,6 +27,7 @@ pub struct Config {
     pub limits: Limits,
     pub http: Http,
     pub log: Log,
+    pub metrics: Metrics,
     pub listeners: Vec<Arc<Listener>>,
 }
 
@@ -162,6 +163,24 @@ pub enum ClientAddress {
 pub enum LogFormat {
     Json,
     Text,
+}
+
+/// `[metrics]`
+#[derive(Debug, Clone, PartialEq)]
+pub struct Metrics {
+    pub kernel: KernelMetrics,
+    /// The folder of a bpf file system where the kernel's counts stay.
+    pub pins: PathBuf,
+}
+
+/// Whether the kernel counts connections.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum KernelMetrics {
+    /// Where it can; else it is said once why not.
+    Auto,
+    /// Refuse to start where it cannot.
+    Require,
+    Off,
 }
 
 /// `[[listener]]`, with its upstream resolved.

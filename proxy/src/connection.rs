@@ -15,6 +15,8 @@ use crate::http::serve::{Over, Service};
 use crate::http::{redirect, serve as http};
 use crate::observe::access::Peer;
 use crate::observe::counters::End;
+use crate::observe::live::Identity;
+use crate::observe::sockets;
 use crate::offload::{self, Offloaded, through_the_door};
 use crate::pipes::Share;
 use crate::relay::kernel::Kernel;
@@ -34,7 +36,6 @@ use std::os::fd::OwnedFd;
 use std::pin::Pin;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::time::Instant;
 
 /// Bytes that may lie unsent in an upstream's send queue. Four times less makes a fast reader wait for bytes that were
 /// ready (a third more CPU).
@@ -51,26 +52,24 @@ pub struct Accepted {
     pub watch: Rc<Watch>,
 }
 
-/// What the stages of one connection tell of it.
-#[derive(Clone)]
+/// What the stages of one connection have of it. It is listed for as long as this is there.
 struct About {
-    peer: Peer,
-    listener: Arc<Listener>,
+    identity: Rc<Identity>,
     turn: Rc<Cell<usize>>,
     snapshot: Rc<Snapshot>,
     worker: Rc<Worker>,
-    began: Instant,
 }
 
 /// The spine. What waits holds only the stage it is in: each is boxed, and moves into the next without an await.
 /// `_place` counts the connection until it is closed.
 pub async fn serve(accepted: Box<Accepted>, _place: Place, worker: Rc<Worker>) {
     let (client, about) = begin(*accepted, worker);
-    let closing = match &about.listener.mode {
+    let closing = match &about.identity.listener.mode {
         Mode::Tcp(upstream) => {
             let Some(shaken) = Box::pin(shake_hands(client, &about)).await else { return };
             let Some(relay) = Box::pin(connect_upstream(shaken, upstream, &about)).await else { return };
-            relay_to_end(relay, &about).await
+            let closed = relay_to_end(relay).await;
+            about.close(*closed, (0, 0))
         }
         Mode::Http(upstream) => {
             let Some(shaken) = Box::pin(shake_hands(client, &about)).await else { return };
@@ -85,26 +84,40 @@ pub async fn serve(accepted: Box<Accepted>, _place: Place, worker: Rc<Worker>) {
 fn begin(accepted: Accepted, worker: Rc<Worker>) -> (Box<Client>, About) {
     let Accepted { client, peer, listener, share, turn, snapshot, watch } = accepted;
     let peer = Peer::new(peer, snapshot.config.log.client_address);
-    let about = About { peer, listener, turn, snapshot, worker: worker.clone(), began: Instant::now() };
-    let sock = Sock::new(client);
+    let sock = Sock::new(client, worker.sockets.accepted(listener.address));
     let _ = socket::set_nodelay(sock.fd());
-    (Box::new(Client::new(sock, watch, worker, share)), about)
+    let identity = worker.sockets.live.enter(peer, listener, &sock);
+    let about = About { identity: identity.clone(), turn, snapshot, worker: worker.clone() };
+    (Box::new(Client::new(sock, watch, worker, share, identity)), about)
 }
 
 /// Mode http.
 async fn requests((tls, door): (UserTls, Door), upstream: &Arc<Upstream>, about: &About) -> Closing {
     let near = Near::new(Downstream::user(tls), door);
     match http::serve(near, &service(upstream.clone(), about)).await {
-        Over::Closed(closed) => about.close(*closed),
-        Over::User(relay) => relay_to_end(relay, about).await,
-        Over::Kernel(relay) => relay_behind(relay, about).await,
+        // The exchange has counted what it moved.
+        Over::Closed(closed) => {
+            let moved = closed.client.moved();
+            about.close(*closed, moved)
+        }
+        Over::User(relay) => {
+            let before = relay.tls.client.moved();
+            let closed = relay_to_end(relay).await;
+            about.close(*closed, before)
+        }
+        Over::Kernel(relay) => {
+            let before = relay.tls.client.moved();
+            let closed = relay_behind(relay).await;
+            about.close(*closed, before)
+        }
     }
 }
 
 /// Mode redirect.
 async fn redirects(client: Box<Client>, about: &About) -> Closing {
     let near = Near::new(Downstream::plain(*client), Door::Shut);
-    about.close(redirect::serve(near, about.peer, &about.snapshot.config.http).await)
+    let closed = redirect::serve(near, about.identity.peer, &about.snapshot.config.http).await;
+    about.close(closed, (0, 0))
 }
 
 /// The last stage, ready to go.
@@ -113,7 +126,7 @@ type Closing = Pin<Box<dyn Future<Output = ()>>>;
 fn service(upstream: Arc<Upstream>, about: &About) -> Service {
     let config = &about.snapshot.config;
     Service {
-        peer: about.peer,
+        peer: about.identity.peer,
         upstream,
         turn: about.turn.clone(),
         http: config.http.clone(),
@@ -123,24 +136,24 @@ fn service(upstream: Arc<Upstream>, about: &About) -> Service {
 }
 
 /// Relays on either side of the door.
-async fn relay_to_end(mut relay: Box<Userspace>, about: &About) -> Closing {
+async fn relay_to_end(mut relay: Box<Userspace>) -> Box<Closed> {
     loop {
         match relay.run().await {
-            Stop::Over(ended) => return about.close(Closed::of(*relay, ended)),
+            Stop::Over(ended) => return Box::new(Closed::of(*relay, ended)),
             Stop::AtDoor => match pass(relay) {
-                Passed::Kernel(kernel) => return relay_behind(kernel, about).await,
+                Passed::Kernel(kernel) => return relay_behind(kernel).await,
                 // Its door is shut now, so it does not come here again.
                 Passed::Declined(declined) => relay = declined,
-                Passed::Failed(closed) => return about.close(*closed),
+                Passed::Failed(closed) => return closed,
             },
         }
     }
 }
 
-async fn relay_behind(mut relay: Box<Kernel>, about: &About) -> Closing {
+async fn relay_behind(mut relay: Box<Kernel>) -> Box<Closed> {
     let ended = relay.run().await;
     let Kernel { tls, upstream, .. } = *relay;
-    about.close(Closed { client: tls.client, upstream: Some(upstream), ended, pending: Spare::default() })
+    Box::new(Closed { client: tls.client, upstream: Some(upstream), ended, pending: Spare::default() })
 }
 
 /// What became of a relay at the door. Not a part of the futures above: there, what is taken out of a box would keep its
@@ -155,8 +168,7 @@ fn pass(relay: Box<Userspace>) -> Passed {
     let Userspace { tls, upstream, to_upstream, up, down, .. } = *relay;
     match through_the_door(tls) {
         Offloaded::Kernel(tls) => Passed::Kernel(Box::new(Kernel::new(*tls, upstream, to_upstream, up, down))),
-        Offloaded::Declined(tls, why) => {
-            tls.client.worker.counters.declined(why);
+        Offloaded::Declined(tls) => {
             Passed::Declined(Box::new(Userspace { tls: *tls, upstream, to_upstream, up, down, door: Door::Shut }))
         }
         Offloaded::Failed(client, ended) => {
@@ -168,8 +180,8 @@ fn pass(relay: Box<Userspace>) -> Passed {
 
 /// The handshake, up to the keys and the plan for the door. `None`: the connection has ended there.
 async fn shake_hands(client: Box<Client>, about: &About) -> Option<(UserTls, Door)> {
-    let Client { sock: mut client, watch, worker, share, .. } = *client;
-    let About { listener, snapshot, .. } = about;
+    let Client { sock: mut client, watch, worker, share, identity, .. } = *client;
+    let (listener, snapshot) = (&about.identity.listener, &about.snapshot);
     let limits = &snapshot.config.limits;
     let tls = match listener.mode {
         Mode::Http(_) => &snapshot.http_tls,
@@ -192,9 +204,12 @@ async fn shake_hands(client: Box<Client>, about: &About) -> Option<(UserTls, Doo
             return None;
         }
     };
+    let Some(facts) = session.facts() else {
+        about.report(End::Internal, "handshake", "it has no result");
+        return None;
+    };
     worker.counters.handshakes.add(1);
-    worker.counters.resumed.add(session.is_resumed().into());
-    let group = session.group();
+    worker.counters.handshakes_by.add(&facts, identity.since.elapsed());
     let keys = session.into_keys().map_err(std::io::Error::other);
     let keys = match keys.and_then(|keys| UserKeys::new(keys, limits.records_per_key)) {
         Ok(keys) => keys,
@@ -203,14 +218,18 @@ async fn shake_hands(client: Box<Client>, about: &About) -> Option<(UserTls, Doo
             return None;
         }
     };
-    tracing::debug!(peer = %about.peer, suite = ?keys.ring.suite().suite(), ?group, "handshake complete");
-    let door = offload::plan(listener, &worker.kernel, keys.ring.suite()).unwrap_or_else(|why| {
-        worker.counters.declined(why);
-        Door::Shut
-    });
+    tracing::debug!(peer = %identity.peer, suite = ?facts.suite, group = ?facts.group, "handshake complete");
+    let (door, place) = match offload::plan(listener, &worker.kernel, keys.ring.suite()) {
+        Ok(door) => (door, sockets::Place::Userspace),
+        Err(why) => {
+            worker.counters.declined(why);
+            (Door::Shut, sockets::Place::Declined(why))
+        }
+    };
     watch.forgive();
     watch.allow(limits.idle_timeout);
-    let client = Client::new(client, watch, worker, share);
+    let client = Client::new(client, watch, worker, share, identity);
+    client.is(facts, place);
     Some((UserTls::new(client, keys, leftover), door))
 }
 
@@ -222,7 +241,7 @@ async fn connect_upstream(
 ) -> Option<Box<Userspace>> {
     let limits = &about.snapshot.config.limits;
     let watch = tls.client.watch.clone();
-    let upstream = match connect(upstream, &about.turn, &watch, limits.connect_timeout).await {
+    let upstream = match connect(upstream, &about.turn, &watch, limits.connect_timeout, &about.worker.sockets).await {
         Ok((upstream, _)) => upstream,
         Err(failure) => {
             about.report(failure.how, "connect", &failure.reason);
@@ -234,21 +253,28 @@ async fn connect_upstream(
     let _ = socket::set_unsent_limit(upstream.fd(), UPSTREAM_UNSENT_BYTES);
     let send_memory = tls.client.worker.send_memory.clone();
     tls.client.sock.draw_on(send_memory, &upstream);
+    tls.client.identity.goes_to(&upstream);
     watch.forgive();
     watch.allow(limits.idle_timeout);
     Some(Box::new(Userspace::new(tls, upstream, door)))
 }
 
 impl About {
-    /// Counts and logs the end, and makes the last stage ready.
-    fn close(&self, closed: Closed) -> Closing {
+    /// Counts and logs the end, and makes the last stage ready. `before`: what had moved, up and down, when this
+    /// upstream's turn came.
+    fn close(&self, closed: Closed, before: (u64, u64)) -> Closing {
         self.log(&closed.client, closed.ended.how);
+        let (up, down) = closed.client.moved();
+        closed.client.sock.tally.moved(up, down);
+        if let Some(upstream) = &closed.upstream {
+            upstream.tally.moved(down - before.1, up - before.0);
+        }
         Box::pin(close::close(closed))
     }
 
     /// Counts an end before the relay, and logs it.
     fn report(&self, how: End, stage: &str, reason: &str) {
-        let peer = self.peer;
+        let peer = self.identity.peer;
         self.worker.counters.ended(how);
         match how {
             End::Internal => tracing::error!(%peer, stage, how = how.to_string(), reason, "connection ended"),
@@ -259,11 +285,11 @@ impl About {
     /// Counts the end of a connection that got past its handshake, and writes its line of the access log. In modes http
     /// and redirect each request has its own, and this one is only for an end that none of them tells of.
     fn log(&self, client: &Client, how: End) {
-        let Self { peer, listener, .. } = self;
+        let Identity { peer, listener, since, .. } = &*self.identity;
         self.worker.counters.ended(how);
-        let ms = u64::try_from(self.began.elapsed().as_millis()).unwrap_or(u64::MAX);
+        let ms = u64::try_from(since.elapsed().as_millis()).unwrap_or(u64::MAX);
         let (listener, up_bytes, down_bytes) = (listener.address, client.moved_up, client.moved_down);
-        let is_quiet = match self.listener.mode {
+        let is_quiet = match self.identity.listener.mode {
             Mode::Tcp(_) => false,
             Mode::Http(_) | Mode::Redirect => matches!(how, End::Clean | End::Idle | End::Refused),
         };
@@ -275,5 +301,11 @@ impl About {
             _ if is_quiet => tracing::debug!(%peer, %listener, how = how_text, up_bytes, down_bytes, ms, "connection"),
             _ => tracing::info!(%peer, %listener, how = how_text, up_bytes, down_bytes, ms, "connection"),
         }
+    }
+}
+
+impl Drop for About {
+    fn drop(&mut self) {
+        self.worker.sockets.live.leave(&self.identity);
     }
 }

@@ -68,7 +68,7 @@ impl Terminator {
         let uncaught = |e| Failure::Host(format!("catch signals: {e}"));
         let mut hangup = signal(SignalKind::hangup()).map_err(uncaught)?;
         let mut signals = Signals::new().map_err(uncaught)?;
-        let admin = Arc::new(Admin::new(self.metrics()));
+        let admin = Arc::new(Admin::new(self.metrics(), self.workers.iter().map(Worker::line).collect()));
         self.serve_admin(&admin);
         self.say_ready();
         tokio::pin!(until);
@@ -125,6 +125,7 @@ impl Terminator {
                 }
                 name = signals.end() => break Err(name),
                 _ = look_after.tick() => {
+                    admin.keep();
                     if self.workers.iter().any(Worker::is_finished) {
                         // The others still have connections; whoever started this process starts it again.
                         break Err("a worker has died");
@@ -139,7 +140,9 @@ impl Terminator {
             Ok(value) => (Some(value), "done"),
             Err(name) => (None, name),
         };
-        self.drain(name, &mut signals).await?;
+        let drained = self.drain(name, &mut signals).await;
+        admin.keep();
+        drained?;
         Ok(value)
     }
 

@@ -9,6 +9,7 @@ mod kernel;
 
 pub use host::Host;
 
+use crate::observe::ebpf::Lack;
 use crate::probe::Kernel;
 use serde::Serialize;
 
@@ -65,7 +66,7 @@ pub fn examine(host: &Host, kernel: &Kernel) -> Vec<Finding> {
         findings.extend([kernel::suites(kernel), kernel::rekey(kernel), kernel::splice(kernel), kernel::gcm(host)]);
     }
     findings.extend([io_uring(host), open_files(host), locked_memory(host), somaxconn(host)]);
-    findings.extend([pipe_size(host), pipe_memory(host)]);
+    findings.extend([pipe_size(host), pipe_memory(host), kernel_metrics(host)]);
     findings
 }
 
@@ -127,6 +128,14 @@ fn somaxconn(host: &Host) -> Finding {
     }
 }
 
+fn kernel_metrics(host: &Host) -> Finding {
+    const NAME: &str = "kernel metrics";
+    match &host.uncounted {
+        None => Finding::ok(NAME, "connections can be counted by eBPF"),
+        Some(Lack { found, mend }) => Finding::gap(NAME, found.clone(), mend.clone()),
+    }
+}
+
 fn pipe_size(host: &Host) -> Finding {
     const NAME: &str = "pipe size";
     const SYSCTL: &str = "fs.pipe-max-size";
@@ -185,6 +194,7 @@ mod tests {
             tls_module_forbidden_by: None,
             tls_module_built: Some(true),
             gcm_driver: Some("generic-gcm-vaes-avx10".to_owned()),
+            uncounted: None,
         }
     }
 

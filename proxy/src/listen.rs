@@ -2,11 +2,13 @@
 //! worker waits for another.
 
 use crate::config::Listener;
+use crate::observe::maps::Maps;
+use crate::observe::sockets::label_listener;
 use crate::worker::Bound;
 use socket2::{Domain, Protocol, Socket, Type};
 use std::io;
 use std::net::{IpAddr, SocketAddr, TcpListener};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
 /// Connections that wait for an accept, on each socket. The kernel cuts it to net.core.somaxconn, whose default is
@@ -26,17 +28,24 @@ pub struct BindError {
 /// Sockets for the listeners of `wanted`, one list for each of `workers`.
 ///
 /// `all` are the listeners of the whole configuration, of which `wanted` may be the new ones of a reload.
+/// Each socket is labelled in `maps` before it listens.
 ///
 /// # Errors
 /// The first address that could not be had; nothing stays bound then.
-pub fn bind(wanted: &[Arc<Listener>], all: &[Arc<Listener>], workers: usize) -> Result<Vec<Vec<Bound>>, BindError> {
+pub fn bind(
+    wanted: &[Arc<Listener>],
+    all: &[Arc<Listener>],
+    workers: usize,
+    maps: Option<&Maps>,
+) -> Result<Vec<Vec<Bound>>, BindError> {
     let mut bound: Vec<Vec<Bound>> = (0..workers).map(|_| Vec::with_capacity(wanted.len())).collect();
     for listener in wanted {
         let address = listener.address;
         let v6only = is_v6only(address, all);
         refuse_if_served(address, v6only)?;
         for sockets in &mut bound {
-            let socket = reuseport(address, v6only).map_err(|(call, source)| BindError::new(address, call, source))?;
+            let socket =
+                reuseport(address, v6only, maps).map_err(|(call, source)| BindError::new(address, call, source))?;
             sockets.push(Bound { listener: Arc::clone(listener), socket });
         }
     }
@@ -73,10 +82,13 @@ fn refuse_if_served(address: SocketAddr, v6only: bool) -> Result<(), BindError> 
     probe().map_err(|(call, source)| BindError::new(address, call, source))
 }
 
-fn reuseport(address: SocketAddr, v6only: bool) -> Result<OwnedFd, (&'static str, io::Error)> {
+fn reuseport(address: SocketAddr, v6only: bool, maps: Option<&Maps>) -> Result<OwnedFd, (&'static str, io::Error)> {
     let socket = socket(address, v6only)?;
     socket.set_reuse_port(true).map_err(|e| ("setsockopt(SO_REUSEPORT)", e))?;
     socket.bind(&address.into()).map_err(|e| ("bind", e))?;
+    if let Some(maps) = maps {
+        label_listener(maps, socket.as_fd(), address).map_err(|e| ("label for the kernel's counts", e))?;
+    }
     socket.listen(BACKLOG).map_err(|e| ("listen", e))?;
     Ok(socket.into())
 }
@@ -133,18 +145,18 @@ mod tests {
     #[test]
     fn every_worker_gets_a_socket_of_each_listener() {
         let wanted = [listener(&format!("127.0.0.1:{}", free_port()))];
-        let bound = bind(&wanted, &wanted, 3).expect("free");
+        let bound = bind(&wanted, &wanted, 3, None).expect("free");
         assert_eq!(bound.iter().map(Vec::len).collect::<Vec<_>>(), [1, 1, 1]);
     }
 
     #[test]
     fn a_port_that_is_served_is_refused_although_it_could_be_shared() {
         let wanted = [listener(&format!("127.0.0.1:{}", free_port()))];
-        let first = bind(&wanted, &wanted, 1).expect("free");
-        let Err(refused) = bind(&wanted, &wanted, 1) else { panic!("shared with itself") };
+        let first = bind(&wanted, &wanted, 1, None).expect("free");
+        let Err(refused) = bind(&wanted, &wanted, 1, None) else { panic!("shared with itself") };
         assert!(refused.to_string().contains("ss -ltnp"), "{refused}");
         drop(first);
-        bind(&wanted, &wanted, 1).expect("free again");
+        bind(&wanted, &wanted, 1, None).expect("free again");
     }
 
     #[test]

@@ -1,10 +1,12 @@
 //! The command line of `tlsplice`.
 
 use clap::{Parser, Subcommand};
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use tlsplice::command;
 use tlsplice::command::grade::Target;
+use tlsplice::observe::ebpf::PINS;
 
 const CONFIG_FILE: &str = "/etc/tlsplice/tlsplice.toml";
 
@@ -63,10 +65,30 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
-    /// Not in this version: one scrape, read from the pinned eBPF maps
-    Metrics(Later),
-    /// Not in this version: the same, live, for a person
-    Top(Later),
+    /// One scrape, read from the pinned eBPF maps, whether a tlsplice runs or not
+    Metrics {
+        /// Where they are pinned: `metrics.pins` of the configuration
+        #[arg(long, value_name = "FOLDER", default_value = PINS)]
+        pins: PathBuf,
+        /// OpenMetrics instead of the Prometheus text format
+        #[arg(long)]
+        openmetrics: bool,
+    },
+    /// The same, live, for a person
+    Top {
+        /// Tells where the maps are pinned and where the admin endpoint is
+        #[arg(long, value_name = "FILE", default_value = CONFIG_FILE)]
+        config: PathBuf,
+        /// Instead of what the configuration says
+        #[arg(long, value_name = "FOLDER")]
+        pins: Option<PathBuf>,
+        /// Instead of what the configuration says
+        #[arg(long, value_name = "IP:PORT")]
+        admin: Option<SocketAddr>,
+        /// Print the tables once, with rates over a second, and end
+        #[arg(long)]
+        once: bool,
+    },
 }
 
 /// Whatever the command will take once it is there.
@@ -83,6 +105,7 @@ Examples:
   tlsplice doctor                                what this host offers, and what mends it
   tlsplice check --config tlsplice.toml          before a reload
   tlsplice grade --connect example.com:443       what SSL Labs would say
+  tlsplice metrics                               what the kernel has counted so far
   tlsplice run --config tlsplice.toml            in the foreground; SIGHUP reloads, SIGTERM drains
 
 Exit codes:
@@ -104,8 +127,10 @@ fn main() -> ExitCode {
             };
             command::grade::grade(&target, &ca, json)
         }
-        Command::Metrics(_) => command::not_in_this_version("metrics"),
-        Command::Top(_) => command::not_in_this_version("top"),
+        Command::Metrics { pins, openmetrics } => command::metrics::metrics(&pins, openmetrics),
+        Command::Top { config, pins, admin, once } => {
+            command::top::top(&command::top::Wanted { config: &config, pins, admin, once })
+        }
     };
     match ended {
         Ok(code) => ExitCode::from(code),

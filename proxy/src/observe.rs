@@ -1,4 +1,13 @@
 pub mod access;
+pub mod cgroup;
 pub mod counters;
+pub mod ebpf;
+pub mod figures;
+pub mod kept;
+pub mod live;
 pub mod log;
+pub mod maps;
 pub mod metrics;
+pub mod sockets;
+pub mod sums;
+pub mod text;

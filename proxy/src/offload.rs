@@ -13,6 +13,7 @@
 
 use crate::config::{Listener, Offload, OffloadAfter};
 use crate::observe::counters::{Decline, End};
+use crate::observe::sockets::Place;
 use crate::probe;
 use crate::relay::kernel_tls::KernelTls;
 use crate::relay::user_tls::UserTls;
@@ -56,24 +57,25 @@ pub fn is_immediate(listener: &Listener, kernel: &probe::Kernel) -> bool {
 pub enum Offloaded {
     Kernel(Box<KernelTls>),
     /// It stays where it is, and its door is shut.
-    Declined(Box<UserTls>, Decline),
+    Declined(Box<UserTls>),
     /// Below the door something failed that should not have.
     Failed(Box<Client>, Ended),
 }
 
-/// Takes a client that stands at the door through it.
+/// Takes a client that stands at the door through it, and counts what came of it.
 pub fn through_the_door(tls: UserTls) -> Offloaded {
     if tls.rekeyed && !tls.client.worker.kernel.rekey {
         // A client that has changed its keys once does so again, and this kernel could not follow.
-        return Offloaded::Declined(Box::new(tls), Decline::Rekeyed);
+        return declined(tls, Decline::Rekeyed);
     }
     if ktls::attach(tls.client.sock.fd()).is_err() {
-        return Offloaded::Declined(Box::new(tls), Decline::Socket);
+        return declined(tls, Decline::Socket);
     }
     let UserTls { client, keys, .. } = tls;
     match keys.into_kernel(client.sock.fd()) {
         Ok(keys) => {
             client.worker.counters.offloaded.add(1);
+            client.moved_to(Place::Kernel);
             Offloaded::Kernel(Box::new(KernelTls::new(client, keys)))
         }
         Err((direction, e)) => {
@@ -81,4 +83,10 @@ pub fn through_the_door(tls: UserTls) -> Offloaded {
             Offloaded::Failed(Box::new(client), Ended::abort(End::Internal))
         }
     }
+}
+
+fn declined(tls: UserTls, why: Decline) -> Offloaded {
+    tls.client.worker.counters.declined(why);
+    tls.client.moved_to(Place::Declined(why));
+    Offloaded::Declined(Box::new(tls))
 }

@@ -18,6 +18,8 @@ pub mod user_tls;
 pub mod userspace;
 
 use crate::observe::counters::{Counters, End};
+use crate::observe::live::Identity;
+use crate::observe::sockets::{Facts, Place};
 use crate::pipes::Share;
 use crate::protect::{OVERHEAD_BYTES, PLAIN_BYTES, WIRE_BYTES};
 use crate::ring::{NextTurn, Sock};
@@ -51,6 +53,7 @@ pub struct Client {
     pub watch: Rc<Watch>,
     pub worker: Rc<Worker>,
     pub share: Rc<Share>,
+    pub identity: Rc<Identity>,
     /// A direction has more to do when the others have had their turn.
     pub next_turn: Option<NextTurn>,
     /// Plaintext bytes handed on, up and down.
@@ -65,6 +68,7 @@ pub struct Worker {
     pub counters: std::sync::Arc<Counters>,
     pub kernel: std::sync::Arc<crate::probe::Kernel>,
     pub splice: crate::config::SpliceMode,
+    pub sockets: crate::observe::sockets::Sockets,
     pub scratch: std::cell::RefCell<Scratch>,
     pub send_memory: Rc<crate::send_room::SendMemory>,
     pub pool: crate::upstream::pool::Pool,
@@ -292,8 +296,26 @@ pub fn hand_on(to: &Sock, received: &[u8], pieces: &[Range<usize>], spare: &mut 
 }
 
 impl Client {
-    pub fn new(sock: Sock, watch: Rc<Watch>, worker: Rc<Worker>, share: Rc<Share>) -> Self {
-        Self { sock, watch, worker, share, next_turn: None, moved_up: 0, moved_down: 0, widened_at: 0 }
+    pub fn new(sock: Sock, watch: Rc<Watch>, worker: Rc<Worker>, share: Rc<Share>, identity: Rc<Identity>) -> Self {
+        Self { sock, watch, worker, share, identity, next_turn: None, moved_up: 0, moved_down: 0, widened_at: 0 }
+    }
+
+    /// What the handshake gave, for all who count, and where the records are protected.
+    pub fn is(&self, facts: Facts, place: Place) {
+        self.identity.is(facts, place);
+        self.worker.sockets.classify(self.sock.fd(), self.identity.listener.address, facts, place);
+    }
+
+    /// The records are protected elsewhere from now on.
+    pub fn moved_to(&self, place: Place) {
+        if let Some(facts) = self.identity.facts() {
+            self.is(facts, place);
+        }
+    }
+
+    /// Plaintext bytes handed on, up and down.
+    pub fn moved(&self) -> (u64, u64) {
+        (self.moved_up, self.moved_down)
     }
 
     /// Enough has moved for the kernel to take over.

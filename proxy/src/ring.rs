@@ -5,6 +5,7 @@
 //! An operation in flight holds the socket open, and dropping its future cancels nothing: so a `Sock` is cancelled
 //! before it is dropped, or the descriptor outlives the connection.
 
+use crate::observe::sockets::Tally;
 use crate::send_room::{Room, SendMemory};
 use crate::sys::pipe::Pipe;
 use crate::sys::socket::watch_writable;
@@ -15,7 +16,7 @@ use std::future::Future;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::pin::Pin;
-use std::rc::Rc;
+use std::rc::{Rc, Weak};
 use std::task::{Context, Poll};
 use tokio::io::unix::AsyncFd;
 use tokio_uring::{InFlightOneshot, OneshotOutputTransform, UnsubmittedOneshot};
@@ -50,6 +51,8 @@ pub struct Sock {
     pub writable: bool,
     /// A client's: where more room in the send queue comes from, and what it has of it.
     room: Option<Box<Room>>,
+    /// Counts it where the kernel does not.
+    pub tally: Tally,
 }
 
 /// How a wake-up for writing comes.
@@ -62,7 +65,7 @@ enum Writing {
 }
 
 impl Sock {
-    pub fn new(fd: OwnedFd) -> Self {
+    pub fn new(fd: OwnedFd, tally: Tally) -> Self {
         Self {
             fd: Rc::new(fd),
             reading: None,
@@ -71,6 +74,7 @@ impl Sock {
             readable: true,
             writable: true,
             room: None,
+            tally,
         }
     }
 
@@ -96,6 +100,11 @@ impl Sock {
     /// The send queue may be long: this client has read much.
     pub fn is_wide(&self) -> bool {
         self.room.as_ref().is_some_and(|room| room.is_wide())
+    }
+
+    /// The descriptor for as long as the socket is open, for those who look on.
+    pub fn watched(&self) -> Weak<OwnedFd> {
+        Rc::downgrade(&self.fd)
     }
 
     pub fn fd(&self) -> BorrowedFd<'_> {

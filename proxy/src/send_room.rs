@@ -66,7 +66,7 @@ impl SendMemory {
 impl Room {
     /// The client gets its own, and the upstream's receive buffer stays as it is until the client takes more.
     pub fn new(memory: Rc<SendMemory>, client: &Rc<OwnedFd>, upstream: &Rc<OwnedFd>) -> Self {
-        let packet = socket::path_mtu_bytes(client.as_fd()).unwrap_or(0);
+        let packet = socket::tcp_info(client.as_fd()).map_or(0, |info| info.path_mtu_bytes as usize);
         let own_bytes = OWN_BYTES.max(packet * OWN_PACKETS);
         let _ = socket::set_unsent_limit(client.as_fd(), own_bytes);
         let _ = socket::set_receive_autotuning(upstream.as_fd(), false);
@@ -95,7 +95,7 @@ impl Room {
         let memory = &self.memory;
         let taken = memory.taken_bytes.get() + WIDE_BYTES;
         if taken > memory.cap_bytes.get()
-            || socket::acknowledged_bytes(client.as_fd()).is_ok_and(|bytes| bytes < WIDE_AFTER_BYTES)
+            || socket::tcp_info(client.as_fd()).is_ok_and(|info| info.bytes_acked < WIDE_AFTER_BYTES)
             || socket::set_unsent_limit(client.as_fd(), WIDE_BYTES).is_err()
         {
             return false;

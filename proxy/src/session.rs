@@ -6,13 +6,15 @@
 //! complete, rustls' connection gives its keys and is gone: from there on records are protected by `protect` or by the
 //! kernel, and rustls derives the next keys. This module reads and writes no socket.
 
+use crate::observe::sockets::{Facts, ServerName};
 use crate::protect::{WIRE_BYTES, record_bytes};
 use crate::tls::hello::{Gate, Judgement, Refusal};
 use crate::tls::policy::Negotiation;
+use crate::tls::resolver;
 use rustls::kernel::KernelConnection;
 use rustls::server::{ServerConnectionData, UnbufferedServerConnection};
 use rustls::unbuffered::{ConnectionState, EncodeError, EncodeTlsData, UnbufferedStatus};
-use rustls::{Error, ExtractedSecrets};
+use rustls::{Error, ExtractedSecrets, HandshakeKind};
 
 /// See the module.
 pub struct Session {
@@ -22,6 +24,8 @@ pub struct Session {
     presented: usize,
     /// Until the ClientHello has been looked at.
     gate: Option<Gate>,
+    /// The certificate's name that the client has asked for.
+    name: ServerName,
 }
 
 /// What became of the bytes given to `feed`.
@@ -37,7 +41,7 @@ impl Session {
     pub fn new(by: Negotiation) -> Result<Self, Error> {
         let Negotiation { config, strict } = by;
         let tls = Box::new(UnbufferedServerConnection::new(config)?);
-        Ok(Self { tls, established: false, presented: 0, gate: Some(Gate::new(strict)) })
+        Ok(Self { tls, established: false, presented: 0, gate: Some(Gate::new(strict)), name: ServerName::NONE })
     }
 
     /// The handshake is complete, both Finished are in.
@@ -45,9 +49,15 @@ impl Session {
         self.established
     }
 
-    /// By a ticket or a session's id.
-    pub fn is_resumed(&self) -> bool {
-        self.tls.handshake_kind() == Some(rustls::HandshakeKind::Resumed)
+    /// What came of the handshake, for those who count.
+    pub fn facts(&self) -> Option<Facts> {
+        Some(Facts {
+            name: self.name,
+            version: self.tls.protocol_version()?,
+            suite: self.tls.negotiated_cipher_suite()?.suite(),
+            group: self.group(),
+            resumed: self.tls.handshake_kind() == Some(HandshakeKind::Resumed),
+        })
     }
 
     /// The group of the key exchange, for the log.
@@ -96,6 +106,9 @@ impl Session {
     fn process(&mut self, wire: &mut [u8], fed: &mut Fed, out: &mut Vec<u8>) {
         loop {
             let UnbufferedStatus { discard, state } = self.tls.process_tls_records(&mut wire[fed.consumed..]);
+            if let Some(name) = resolver::take_asked() {
+                self.name = name;
+            }
             let mut again = true;
             match state {
                 Ok(ConnectionState::EncodeTlsData(mut data)) => encode(&mut data, out),

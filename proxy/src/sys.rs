@@ -1,6 +1,7 @@
 //! Every system call that needs `unsafe`, each wrapped so that callers cannot misuse it.
 #![allow(unsafe_code)]
 
+pub mod bpf;
 pub mod ktls;
 pub mod limits;
 pub mod pipe;

@@ -6,6 +6,9 @@
 use crate::accept::{Listening, accept_loop, retire};
 use crate::config::{Config, Listener};
 use crate::observe::counters::Counters;
+use crate::observe::live::Connection;
+use crate::observe::maps::Maps;
+use crate::observe::sockets::Sockets;
 use crate::pipes::{Pipes, Share};
 use crate::probe::Kernel;
 use crate::relay::{self, Scratch};
@@ -21,6 +24,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
+use tokio::sync::oneshot;
 
 /// Entries of the submission queue: one turn of a busy worker. A full one is flushed early, never refused.
 const RING_ENTRIES: u32 = 1024;
@@ -60,6 +64,8 @@ pub enum Command {
     Reload { snapshot: Snapshot, open: Vec<Bound> },
     /// Accept until nothing is queued, close the listeners, end when the last connection has, or cut them at the deadline.
     Drain { deadline: Instant },
+    /// Tell of at most so many connections.
+    List { limit: usize, answer: oneshot::Sender<Vec<Connection>> },
 }
 
 /// A running worker.
@@ -71,7 +77,13 @@ pub struct Worker {
 
 impl Worker {
     /// Starts the thread. It inherits the caller's credentials, so privileges are dropped before.
-    pub fn spawn(index: usize, snapshot: Snapshot, open: Vec<Bound>, kernel: Arc<Kernel>) -> io::Result<Self> {
+    pub fn spawn(
+        index: usize,
+        snapshot: Snapshot,
+        open: Vec<Bound>,
+        kernel: Arc<Kernel>,
+        maps: Option<Arc<Maps>>,
+    ) -> io::Result<Self> {
         let counters = Arc::new(Counters::default());
         let (commands, receiver) = unbounded_channel();
         let (started, has_started) = std::sync::mpsc::channel();
@@ -79,7 +91,7 @@ impl Worker {
         let thread = std::thread::Builder::new().name(format!("worker-{index}")).spawn(move || match runtime() {
             Ok(runtime) => {
                 let _ = started.send(Ok(()));
-                runtime.block_on(run(snapshot, open, kernel, counted, receiver));
+                runtime.block_on(run(snapshot, open, (kernel, maps), counted, receiver));
             }
             Err(e) => drop(started.send(Err(e))),
         })?;
@@ -91,6 +103,11 @@ impl Worker {
     pub fn send(&self, command: Command) {
         // A worker that is gone has nothing left to be told.
         let _ = self.commands.send(command);
+    }
+
+    /// For others who ask the worker something.
+    pub fn line(&self) -> UnboundedSender<Command> {
+        self.commands.clone()
     }
 
     /// The thread has ended, which without a drain means that it has died.
@@ -122,10 +139,11 @@ pub struct Core {
 }
 
 impl Core {
-    fn new(snapshot: Snapshot, kernel: Arc<Kernel>, counters: Arc<Counters>) -> Rc<Self> {
+    fn new(snapshot: Snapshot, kernel: Arc<Kernel>, counters: Arc<Counters>, maps: Option<Arc<Maps>>) -> Rc<Self> {
         let pipes = Pipes::new(pipe_cap(&snapshot.config), counters.clone());
         Rc::new(Self {
             relay: Rc::new(relay::Worker {
+                sockets: Sockets::new(maps, counters.user_endpoints.clone()),
                 counters,
                 kernel,
                 splice: snapshot.config.server.splice,
@@ -158,11 +176,11 @@ fn pipe_cap(config: &Config) -> usize {
 async fn run(
     snapshot: Snapshot,
     open: Vec<Bound>,
-    kernel: Arc<Kernel>,
+    (kernel, maps): (Arc<Kernel>, Option<Arc<Maps>>),
     counters: Arc<Counters>,
     mut commands: UnboundedReceiver<Command>,
 ) {
-    let core = Core::new(snapshot, kernel, counters);
+    let core = Core::new(snapshot, kernel, counters, maps);
     tokio_uring::spawn(tick(core.clone()));
     let mut listeners: Vec<(SocketAddr, Rc<Listening>)> = Vec::new();
     start(&core, &mut listeners, open);
@@ -171,6 +189,10 @@ async fn run(
             Command::Reload { snapshot, open } => {
                 *core.snapshot.borrow_mut() = Rc::new(snapshot);
                 reload(&core, &mut listeners, open);
+            }
+            Command::List { limit, answer } => {
+                // Whoever asked may have gone.
+                let _ = answer.send(core.relay.sockets.live.list(limit));
             }
             Command::Drain { deadline } => return drain(&core, listeners, deadline).await,
         }

@@ -11,6 +11,7 @@
 pub mod authority;
 pub mod certificate;
 pub mod client;
+pub mod counted;
 pub mod environment;
 pub mod exchange;
 pub mod http;

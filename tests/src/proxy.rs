@@ -39,6 +39,8 @@ pub struct Settings {
     pub log: Vec<String>,
     pub tls: Vec<String>,
     pub certificates: Vec<PathBuf>,
+    /// Lines of `[metrics]`. Counts in the kernel outlive a tlsplice, so tests of other things go without.
+    pub metrics: Vec<String>,
 }
 
 impl Settings {
@@ -55,6 +57,7 @@ impl Settings {
             log: Vec::new(),
             tls: Vec::new(),
             certificates: vec![ecdsa.chain.clone(), ecdsa.key.clone()],
+            metrics: vec!["kernel = \"off\"".into()],
         })
     }
 
@@ -117,6 +120,8 @@ impl Settings {
         lines(&self.http);
         lines(&["[log]".into()]);
         lines(&self.log);
+        lines(&["[metrics]".into()]);
+        lines(&self.metrics);
         for (index, listener) in self.listeners.iter().enumerate() {
             let Listener { address, mode, offload, offload_after, server } = listener;
             if *mode == "redirect" {
@@ -152,10 +157,22 @@ pub struct Proxy {
 impl Proxy {
     /// Starts it and waits until it answers.
     pub fn start(ctx: &Context, settings: Settings) -> Result<Self> {
+        Self::start_as(ctx, settings, &[])
+    }
+
+    /// The same by another program, which is given tlsplice's own command line.
+    pub fn start_as(ctx: &Context, settings: Settings, by: &[&str]) -> Result<Self> {
         let stem = ctx.environment.tmp.join(format!("{}-{}", ctx.test(), settings.admin.port()));
         let (config, log) = (stem.with_extension("toml"), stem.with_extension("log"));
         fs::write(&config, settings.text())?;
-        let mut command = Command::new(&ctx.environment.bin);
+        let mut command = match by.split_first() {
+            None => Command::new(&ctx.environment.bin),
+            Some((program, arguments)) => {
+                let mut command = Command::new(program);
+                command.args(arguments).arg("--").arg(&ctx.environment.bin);
+                command
+            }
+        };
         command.args(["run", "--config"]).arg(&config).stdin(Stdio::null()).stdout(Stdio::null());
         let process = Guarded::spawn(command.stderr(File::create(&log)?))?;
         let environment = ctx.environment.clone();

@@ -24,13 +24,22 @@ impl Metrics {
         if status != 200 {
             bail!("GET /metrics: status {status}");
         }
-        Ok(Self(body.lines().filter_map(parse_sample).collect()))
+        Ok(Self::parse(&body))
+    }
+
+    pub fn parse(text: &str) -> Self {
+        Self(text.lines().filter_map(parse_sample).collect())
     }
 
     /// The sum of all samples of that name which carry these labels.
     pub fn sum(&self, name: &str, labels: &[(&str, &str)]) -> u64 {
         let carries = |s: &&Sample| labels.iter().all(|(k, v)| s.labels.get(*k).is_some_and(|got| got == v));
         self.0.iter().filter(|s| s.name == name).filter(carries).map(|s| s.value as u64).sum()
+    }
+
+    /// Samples of that name.
+    pub fn count(&self, name: &str) -> usize {
+        self.0.iter().filter(|s| s.name == name).count()
     }
 
     pub fn has(&self, name: &str) -> bool {
@@ -46,11 +55,11 @@ impl Metrics {
     }
 
     pub fn opened(&self) -> u64 {
-        self.sum("tlsplice_connections_opened_total", &[])
+        self.sum("tlsplice_connections_opened_total", &[("side", "client")])
     }
 
     pub fn live(&self) -> u64 {
-        self.sum("tlsplice_connections_live", &[])
+        self.sum("tlsplice_connections_live", &[("side", "client")])
     }
 
     pub fn offloaded(&self) -> u64 {

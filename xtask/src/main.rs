@@ -6,6 +6,7 @@ mod bzimage;
 mod cache;
 mod ci;
 mod demo;
+mod ebpf;
 mod first_process;
 mod image;
 mod insn;

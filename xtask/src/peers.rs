@@ -1,6 +1,7 @@
-//! Programs of others that the tests talk to, as far as they must not be installed: nginx would start a service.
+//! Programs of others that the tests talk to, as far as they must not be installed: nginx and Prometheus would start
+//! services.
 //!
-//! Its packages are unpacked into the cache instead. A machine that has nginx with its stream module anyway uses that.
+//! Their packages are unpacked into the cache instead. A machine that has nginx with its stream module anyway uses that.
 //!
 //! The bench measures against the newest that Debian has: those come from sid with every library they need, down to the
 //! dynamic loader, so that they run on any machine and know the same groups and ciphers everywhere.
@@ -31,9 +32,7 @@ pub fn nginx() -> Result<Nginx> {
         return Ok(Nginx { program, modules });
     }
     let place = cache::folder("peers")?.join("nginx");
-    if !place.exists() {
-        fetch(&place)?;
-    }
+    fetch(&place, &["nginx", "libnginx-mod-stream"], "dnf install nginx nginx-mod-stream")?;
     let nginx = Nginx { program: place.join("usr/sbin/nginx"), modules: place.join("usr/lib/nginx/modules") };
     if !nginx.program.exists() || !nginx.modules.join(STREAM_MODULE).exists() {
         bail!("{} does not hold nginx and its stream module: remove that folder and try again", place.display());
@@ -80,22 +79,45 @@ fn fetch_newest(place: &Path) -> Result<()> {
     cache::put_in_place(&aside, place)
 }
 
-fn fetch(place: &Path) -> Result<()> {
-    let _lock = cache::lock("nginx")?;
+/// The folder that Prometheus and promtool are in.
+pub fn prometheus() -> Result<PathBuf> {
+    if let Some(program) = process::find("prometheus").filter(|_| process::find("promtool").is_some()) {
+        return program.parent().map(PathBuf::from).context("prometheus is in no folder");
+    }
+    let place = cache::folder("peers")?.join("prometheus");
+    fetch(&place, &["prometheus"], "install Prometheus and put it into PATH")?;
+    let folder = place.join("usr/bin");
+    if !folder.join("prometheus").exists() || !folder.join("promtool").exists() {
+        bail!("{} does not hold prometheus and promtool: remove that folder and try again", place.display());
+    }
+    Ok(folder)
+}
+
+/// Unpacks packages, the first of which names them all.
+fn fetch(place: &Path, packages: &[&str], otherwise: &str) -> Result<()> {
+    let name = packages.first().copied().unwrap_or_default();
+    if place.exists() {
+        return Ok(());
+    }
+    let _lock = cache::lock(name)?;
     if place.exists() {
         return Ok(());
     }
     if process::find("apt-get").is_none() {
-        bail!("nginx with its stream module is missing: install it (dnf install nginx nginx-mod-stream)");
+        bail!("{name} is missing: {otherwise}");
     }
     let archive = Archive::of_this_machine();
-    if !archive.serves("nginx") {
+    if !archive.serves(name) {
         setup::refresh_lists()?;
     }
     let aside = cache::aside(place);
     cache::remove(&aside)?;
     archive
-        .unpack(&["nginx".into(), "libnginx-mod-stream".into()], "nginx (unpacked, not installed)", &aside)
-        .context("fetch nginx, which the tests talk to")?;
+        .unpack(
+            &packages.iter().map(|p| (*p).to_owned()).collect::<Vec<_>>(),
+            &format!("{name} (unpacked, not installed)"),
+            &aside,
+        )
+        .with_context(|| format!("fetch {name}, which the tests talk to"))?;
     cache::put_in_place(&aside, place)
 }

@@ -2,7 +2,7 @@
 //!
 //! Every command asks for the groups that it needs. Where all is there nothing is started: the check looks for files.
 
-use crate::{cache, first_process, judges, peers, process};
+use crate::{cache, ebpf, first_process, judges, peers, process};
 use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
 use std::path::{Path, PathBuf};
@@ -19,7 +19,7 @@ pub struct Options {
 /// What it is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Group {
-    /// The program itself.
+    /// The program itself, and the eBPF object in it.
     Build,
     /// Guests under QEMU.
     Guests,
@@ -136,9 +136,13 @@ pub fn make_sure(groups: &[Group]) -> Result<()> {
             bail!("{:?} is still missing after its package was installed", still.present);
         }
     }
+    if groups.contains(&Group::Build) {
+        ebpf::obtain()?;
+    }
     if groups.contains(&Group::Peers) {
         peers::nginx()?;
         judges::variables()?;
+        peers::prometheus()?;
     }
     if groups.contains(&Group::Lint) {
         rustup_component("rustfmt", "cargo-fmt")?;
@@ -216,6 +220,18 @@ fn rustup_component(component: &str, program: &str) -> Result<()> {
     process::run(Command::new("rustup").args(["component", "add", component])).with_context(|| {
         format!("{component} is missing and rustup cannot add it: install it by your distribution's package")
     })
+}
+
+/// The source of the compiler's own library, which is built for targets that have none.
+pub fn rust_source() -> Result<()> {
+    let rustc = std::env::var_os("RUSTC").unwrap_or_else(|| "rustc".into());
+    let root = process::text(Command::new(rustc).args(["--print", "sysroot"]))?;
+    if Path::new(root.trim()).join("lib/rustlib/src/rust/library/core/Cargo.toml").exists() {
+        return Ok(());
+    }
+    eprintln!("setup: rustup component add rust-src");
+    process::run(Command::new("rustup").args(["component", "add", "rust-src"]))
+        .context("rust-src is missing and rustup cannot add it; the eBPF program cannot be built without")
 }
 
 /// cargo-deny, built once and kept: minutes on two cores. A break costs what was not finished, not all.

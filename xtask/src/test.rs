@@ -255,7 +255,8 @@ fn peers_variables() -> Result<Vec<(OsString, OsString)>> {
     let nginx = peers::nginx()?;
     let path = std::env::var_os("PATH").unwrap_or_default();
     let folders = nginx.program.parent().map(PathBuf::from).into_iter().chain(std::env::split_paths(&path));
-    let path = std::env::join_paths(folders).context("put nginx into PATH")?;
+    let folders = folders.chain([peers::prometheus()?]);
+    let path = std::env::join_paths(folders).context("put nginx and Prometheus into PATH")?;
     let mut variables = vec![
         ("PATH".into(), path),
         ("TLSPLICE_NGINX".into(), nginx.program.into()),

@@ -68,6 +68,8 @@ fn configuration(address: SocketAddr, upstream: SocketAddr, once: bool) -> Strin
         [tls]
         certificates = ["made by the demo"]
         alpn = ["http/1.1"]
+        [metrics]
+        kernel = "off"
         [log]
         format = "text"
         level = "{level}"

@@ -9,20 +9,21 @@ use super::problem::{Invalid, Problems, excerpt};
 use super::section::{Read, Section, allowed};
 use super::tls::read_tls;
 use super::{
-    ClientAddress, Config, Http, Limits, Listener, Log, LogFormat, Mode, Offload, OffloadAfter, Server, SpliceMode,
-    Upstream, hsts, value,
+    ClientAddress, Config, Http, KernelMetrics, Limits, Listener, Log, LogFormat, Metrics, Mode, Offload, OffloadAfter,
+    Server, SpliceMode, Upstream, hsts, value,
 };
+use crate::observe::ebpf::PINS;
 use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::num::NonZeroUsize;
 use std::ops::Range;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 use toml::de::{DeTable, DeValue};
 
 /// Tables that the file may have, in the order of the contract.
-const SECTIONS: &str = "[server], [tls], [limits], [http], [log], [[listener]], [[upstream]]";
+const SECTIONS: &str = "[server], [tls], [limits], [http], [log], [metrics], [[listener]], [[upstream]]";
 
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(30);
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
@@ -74,7 +75,7 @@ impl Config {
 fn read_document<'a>(problems: &mut Problems<'_>, document: &'a DeTable<'a>) -> Config {
     for name in document.keys() {
         match name.get_ref().as_ref() {
-            "server" | "tls" | "limits" | "http" | "log" | "listener" | "upstream" => {}
+            "server" | "tls" | "limits" | "http" | "log" | "metrics" | "listener" | "upstream" => {}
             other => problems.add(name.span(), format!("unknown section \"{other}\"; allowed: {SECTIONS}")),
         }
     }
@@ -83,9 +84,10 @@ fn read_document<'a>(problems: &mut Problems<'_>, document: &'a DeTable<'a>) -> 
     let limits = read_limits(section(problems, document, "limits"), problems);
     let http = read_http(section(problems, document, "http"), problems);
     let log = read_log(section(problems, document, "log"), problems);
+    let metrics = read_metrics(section(problems, document, "metrics"), problems);
     let upstreams = read_upstreams(problems, document);
     let listeners = read_listeners(problems, document, &upstreams);
-    Config { server, tls, limits, http, log, listeners }
+    Config { server, tls, limits, http, log, metrics, listeners }
 }
 
 /// The table `[name]`; an absent one has no keys.
@@ -221,6 +223,17 @@ fn read_log(mut section: Section<'_>, problems: &mut Problems<'_>) -> Log {
     };
     section.finish(problems);
     log
+}
+
+fn read_metrics(mut section: Section<'_>, problems: &mut Problems<'_>) -> Metrics {
+    const KERNEL: &[(&str, KernelMetrics)] =
+        &[("auto", KernelMetrics::Auto), ("require", KernelMetrics::Require), ("off", KernelMetrics::Off)];
+    let metrics = Metrics {
+        kernel: section.take_or(problems, "kernel", KernelMetrics::Auto, |v| value::word(v, KERNEL, &[])),
+        pins: section.take_or(problems, "pins", PathBuf::from(PINS), value::path),
+    };
+    section.finish(problems);
+    metrics
 }
 
 /// The upstreams by name; a refused one is in it too, so that its listeners are not blamed.

@@ -1,9 +1,12 @@
-//! The HTTP endpoint for machines: `/metrics`, `/live` and `/ready`, on an address of its own.
+//! The HTTP endpoint for machines: `/metrics`, `/connections`, `/live` and `/ready`, on an address of its own.
 
-use crate::observe::metrics::{CONTENT_TYPE, Metrics};
+use crate::observe::live::LISTED;
+use crate::observe::metrics::Metrics;
+use crate::observe::text;
+use crate::worker::Command;
 use http_body_util::Full;
 use hyper::body::{Bytes, Incoming};
-use hyper::header::{ALLOW, CONTENT_TYPE as CONTENT_TYPE_HEADER};
+use hyper::header::{ACCEPT, ALLOW, CONTENT_TYPE as CONTENT_TYPE_HEADER};
 use hyper::service::service_fn;
 use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
@@ -12,12 +15,15 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::Semaphore;
+use tokio::sync::mpsc::UnboundedSender;
+use tokio::sync::{Semaphore, oneshot};
 
 /// Scrapers at once; a further one waits.
 const CONNECTIONS: usize = 64;
 /// A client that has not sent its request's head by then is gone.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
+/// A worker that has not told of its connections by then is left out.
+const LIST_TIMEOUT: Duration = Duration::from_secs(1);
 /// A pause after an accept that failed, most likely for want of descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
@@ -26,11 +32,17 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 pub struct Admin {
     metrics: Metrics,
     is_draining: AtomicBool,
+    workers: Vec<UnboundedSender<Command>>,
 }
 
 impl Admin {
-    pub fn new(metrics: Metrics) -> Self {
-        Self { metrics, is_draining: AtomicBool::new(false) }
+    /// Keeps what was counted.
+    pub fn keep(&self) {
+        self.metrics.keep();
+    }
+
+    pub fn new(metrics: Metrics, workers: Vec<UnboundedSender<Command>>) -> Self {
+        Self { metrics, is_draining: AtomicBool::new(false), workers }
     }
 
     /// From now on `/ready` says 503, so that balancers send nobody here.
@@ -61,8 +73,14 @@ impl Admin {
 
     async fn connection(self: Arc<Self>, stream: TcpStream) {
         let service = service_fn(move |request| {
-            let response = self.answer(&request);
-            async move { Ok::<_, Infallible>(response) }
+            let admin = Arc::clone(&self);
+            async move {
+                let response = match request.uri().path() {
+                    "/connections" if request.method() == Method::GET => admin.connections().await,
+                    _ => admin.answer(&request),
+                };
+                Ok::<_, Infallible>(response)
+            }
         });
         let served = hyper::server::conn::http1::Builder::new()
             .timer(TokioTimer::new())
@@ -74,26 +92,52 @@ impl Admin {
         }
     }
 
+    /// Every worker tells of its connections; one that drains has no time for it.
+    async fn connections(&self) -> Response<Full<Bytes>> {
+        let mut connections = Vec::new();
+        for worker in &self.workers {
+            let (answer, told) = oneshot::channel();
+            let left = LISTED - connections.len();
+            if worker.send(Command::List { limit: left, answer }).is_ok()
+                && let Ok(Ok(mut some)) = tokio::time::timeout(LIST_TIMEOUT, told).await
+            {
+                connections.append(&mut some);
+            }
+        }
+        match serde_json::to_string(&connections) {
+            Ok(json) => typed(StatusCode::OK, json, "application/json"),
+            Err(error) => plain(StatusCode::INTERNAL_SERVER_ERROR, format!("{error}\n")),
+        }
+    }
+
     fn answer(&self, request: &Request<Incoming>) -> Response<Full<Bytes>> {
         if !matches!(*request.method(), Method::GET | Method::HEAD) {
-            let mut response = text(StatusCode::METHOD_NOT_ALLOWED, "GET or HEAD\n");
+            let mut response = plain(StatusCode::METHOD_NOT_ALLOWED, "GET or HEAD\n");
             response.headers_mut().insert(ALLOW, hyper::header::HeaderValue::from_static("GET, HEAD"));
             return response;
         }
         match request.uri().path() {
             "/metrics" => match self.metrics.text() {
-                Ok(metrics) => typed(StatusCode::OK, metrics, CONTENT_TYPE),
-                Err(error) => text(StatusCode::INTERNAL_SERVER_ERROR, format!("{error}\n")),
+                Ok(metrics) if wants_openmetrics(request) => typed(StatusCode::OK, metrics, text::OPENMETRICS),
+                Ok(metrics) => typed(StatusCode::OK, text::prometheus(&metrics), text::PROMETHEUS),
+                Err(error) => plain(StatusCode::INTERNAL_SERVER_ERROR, format!("{error}\n")),
             },
-            "/live" => text(StatusCode::OK, "live\n"),
-            "/ready" if self.is_draining.load(Ordering::Relaxed) => text(StatusCode::SERVICE_UNAVAILABLE, "draining\n"),
-            "/ready" => text(StatusCode::OK, "ready\n"),
-            _ => text(StatusCode::NOT_FOUND, "/metrics, /live, /ready\n"),
+            "/live" => plain(StatusCode::OK, "live\n"),
+            "/ready" if self.is_draining.load(Ordering::Relaxed) => {
+                plain(StatusCode::SERVICE_UNAVAILABLE, "draining\n")
+            }
+            "/ready" => plain(StatusCode::OK, "ready\n"),
+            _ => plain(StatusCode::NOT_FOUND, "/metrics, /connections, /live, /ready\n"),
         }
     }
 }
 
-fn text(status: StatusCode, body: impl Into<Bytes>) -> Response<Full<Bytes>> {
+/// Several headers of one name are one list (RFC 9110 section 5.3).
+fn wants_openmetrics(request: &Request<Incoming>) -> bool {
+    request.headers().get_all(ACCEPT).iter().filter_map(|v| v.to_str().ok()).any(text::wants_openmetrics)
+}
+
+fn plain(status: StatusCode, body: impl Into<Bytes>) -> Response<Full<Bytes>> {
     typed(status, body, "text/plain; charset=utf-8")
 }
 

@@ -38,8 +38,14 @@ impl Fresh {
 impl Terminator {
     pub(super) fn reload(&mut self, read: Result<Fresh, Failure>) {
         match read.and_then(|fresh| self.apply(fresh)) {
-            Ok(()) => tracing::info!(listeners = self.config.listeners.len(), "reloaded"),
-            Err(error) => tracing::error!(%error, "reload: refused, the old configuration goes on serving"),
+            Ok(()) => {
+                self.figures.reloaded(true);
+                tracing::info!(listeners = self.config.listeners.len(), "reloaded");
+            }
+            Err(error) => {
+                self.figures.reloaded(false);
+                tracing::error!(%error, "reload: refused, the old configuration goes on serving");
+            }
         }
         notify(State::Ready);
     }
@@ -52,11 +58,13 @@ impl Terminator {
         let tls = policy::server_config(&config.tls, certificates.resolver(), &self.resumption)
             .map_err(|e| Failure::Usage(format!("[tls]: {e}")))?;
         let new = added(&self.config, &config);
-        let open = listen::bind(&new, &config.listeners, self.workers.len()).map_err(|e| self.refused(&e))?;
+        let open = listen::bind(&new, &config.listeners, self.workers.len(), self.counting.maps().map(AsRef::as_ref))
+            .map_err(|e| self.refused(&e))?;
         for setting in keep_fixed(&self.config, &mut config) {
             tracing::warn!(setting, "reload: changes only by a restart; the old value stays");
         }
         self.log.set_level(config.log.level);
+        self.figures.set(&config, &certificates);
         self.config = Arc::new(config);
         (self.certificates, self.grade) = (certificates, grade);
         self.watched = Watched::serving(source.as_ref());
@@ -99,12 +107,14 @@ fn keep_fixed(old: &Config, new: &mut Config) -> Vec<&'static str> {
         *new = old.clone();
         Some(name)
     }
-    let (server, log, tls) = (&mut new.server, &mut new.log, &mut new.tls);
+    let (server, log, tls, metrics) = (&mut new.server, &mut new.log, &mut new.tls, &mut new.metrics);
     [
         keep(&old.server.workers, &mut server.workers, "server.workers"),
         keep(&old.server.user, &mut server.user, "server.user"),
         keep(&old.server.admin, &mut server.admin, "server.admin"),
         keep(&old.server.splice, &mut server.splice, "server.splice"),
+        keep(&old.metrics.kernel, &mut metrics.kernel, "metrics.kernel"),
+        keep(&old.metrics.pins, &mut metrics.pins, "metrics.pins"),
         keep(&old.log.format, &mut log.format, "log.format"),
         keep(&old.tls.tickets, &mut tls.tickets, "tls.tickets"),
         keep(&old.tls.ticket_lifetime, &mut tls.ticket_lifetime, "tls.ticket_lifetime"),

@@ -1,16 +1,18 @@
 //! From a configuration to a running terminator.
 //!
-//!   descriptors ─▶ probe ─▶ require ─▶ bind ─▶ root ends ─▶ files still readable? ─▶ log ─▶ workers
+//!   descriptors ─▶ probe ─▶ require ─▶ eBPF ─▶ bind ─▶ root ends ─▶ files still readable? ─▶ log ─▶ workers
 //!
 //! The order is the point. The probe loads the kernel's tls module and ports below 1024 are bound while the process is
 //! root; every thread, the log's and the runtime's too, starts after root has ended and inherits that.
 
 use super::staples::{self, Staples};
 use super::upkeep::{TicketGauges, Tickets, Watched};
-use crate::config::{Config, Offload, SpliceMode};
+use crate::config::{Config, KernelMetrics, Offload, SpliceMode};
 use crate::exit::Failure;
 use crate::listen;
 use crate::observe::counters::Counters;
+use crate::observe::ebpf::Counting;
+use crate::observe::figures::Figures;
 use crate::observe::log::Logging;
 use crate::observe::metrics::Metrics;
 use crate::probe::Kernel;
@@ -40,6 +42,8 @@ pub struct Terminator {
     /// What SIGHUP reads again.
     pub(super) file: Option<PathBuf>,
     pub(super) kernel: Arc<Kernel>,
+    pub(super) counting: Counting,
+    pub(super) figures: Arc<Figures>,
     pub(super) resumption: Resumption,
     pub(super) certificates: Certificates,
     pub(super) watched: Watched,
@@ -99,8 +103,12 @@ impl Terminator {
             limits::raise_open_files().map_err(|e| Failure::Host(format!("setrlimit(RLIMIT_NOFILE): {e}")))?;
         let kernel = Kernel::probe();
         refuse_if_required(&config, &kernel)?;
-        let mut open = listen::bind(&config.listeners, &config.listeners, config.server.workers.get())
-            .map_err(|e| Failure::Host(e.to_string()))?;
+        let counting = Counting::start(&config.metrics);
+        refuse_if_uncounted(&config, &counting)?;
+        let maps = counting.maps();
+        let mut open =
+            listen::bind(&config.listeners, &config.listeners, config.server.workers.get(), maps.map(AsRef::as_ref))
+                .map_err(|e| Failure::Host(e.to_string()))?;
         let admin = config.server.admin.map(listen::bind_admin).transpose();
         let admin = admin.map_err(|e| Failure::Host(format!("server.admin: {e}")))?;
         let credentials = end_root(config.server.user.as_deref())?;
@@ -111,6 +119,7 @@ impl Terminator {
 
         let log = Logging::start(&config.log);
         credentials.log();
+        log_counting(&counting);
         warn_of_limits(&config, &kernel, open_files);
         if let Some(faults) = &instead_of {
             tracing::error!(reason = %faults, "certificates: the files will not do, the last good copy serves");
@@ -124,10 +133,12 @@ impl Terminator {
         let certificates = staples::from_files(certificates, config.tls.ocsp);
         let tls = policy::server_config(&config.tls, certificates.resolver(), &resumption)
             .map_err(|e| Failure::Usage(format!("[tls]: {e}")))?;
+        let figures = Arc::new(Figures::default());
+        figures.set(&config, &certificates);
         let (config, kernel) = (Arc::new(config), Arc::new(kernel));
         let snapshot = Snapshot::new(Arc::clone(&config), tls);
         let workers = open.drain(..).enumerate().map(|(index, sockets)| {
-            Worker::spawn(index, snapshot.clone(), sockets, Arc::clone(&kernel))
+            Worker::spawn(index, snapshot.clone(), sockets, Arc::clone(&kernel), counting.maps().cloned())
                 .map_err(|e| Failure::Host(format!("start worker {index}: {e}")))
         });
         let workers = workers.collect::<Result<Vec<_>, _>>()?;
@@ -138,6 +149,8 @@ impl Terminator {
             config,
             file,
             kernel,
+            counting,
+            figures,
             resumption,
             certificates,
             watched,
@@ -161,7 +174,13 @@ impl Terminator {
     }
 
     pub(super) fn metrics(&self) -> Metrics {
-        Metrics::new(self.counters(), Some(self.log.dropped()), self.ticket_gauges.clone())
+        Metrics::new(
+            self.counters(),
+            Some(self.log.dropped()),
+            self.counting.maps().cloned(),
+            Arc::clone(&self.figures),
+            self.ticket_gauges.clone(),
+        )
     }
 }
 
@@ -183,6 +202,27 @@ pub fn refuse_if_required(config: &Config, kernel: &Kernel) -> Result<(), Failur
          `tlsplice doctor` says what mends it, and offload = \"auto\" serves without",
         listener.address, kernel.release
     )))
+}
+
+/// `metrics.kernel = "require"` where the kernel does not count.
+fn refuse_if_uncounted(config: &Config, counting: &Counting) -> Result<(), Failure> {
+    match counting {
+        Counting::Off(why) if config.metrics.kernel == KernelMetrics::Require => Err(Failure::Host(format!(
+            "metrics.kernel = \"require\", and connections cannot be counted in the kernel: {why}; \
+             kernel = \"auto\" serves without"
+        ))),
+        Counting::On { .. } | Counting::Off(_) | Counting::Unwanted => Ok(()),
+    }
+}
+
+fn log_counting(counting: &Counting) {
+    match counting {
+        Counting::On { remarks, .. } => remarks.iter().for_each(|remark| tracing::info!(remark, "kernel metrics")),
+        Counting::Off(reason) => {
+            tracing::warn!(reason, "the kernel does not count connections: user space counts them without it");
+        }
+        Counting::Unwanted => {}
+    }
 }
 
 /// `TLS1.3 AES-256-GCM (receive)` and so on: what kTLS lacks although it is there.
@@ -226,6 +266,7 @@ impl Credentials {
 
 fn end_root(user: Option<&str>) -> Result<Credentials, Failure> {
     if !privilege::is_root() {
+        privilege::give_back_loader_capabilities().map_err(|e| Failure::Host(e.to_string()))?;
         return Ok(Credentials::AsStarted);
     }
     let name = user.unwrap_or(DEFAULT_USER);

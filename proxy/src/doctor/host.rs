@@ -1,5 +1,6 @@
 //! Reads what the doctor judges by. What cannot be read is `None`, never a guess.
 
+use crate::observe::ebpf::{self, Lack};
 use crate::sys::{limits, privilege};
 use std::fs;
 use std::io::Read;
@@ -29,6 +30,8 @@ pub struct Host {
     pub tls_module_built: Option<bool>,
     /// The driver that gcm(aes) would use.
     pub gcm_driver: Option<String>,
+    /// What keeps connections from being counted in the kernel.
+    pub uncounted: Option<Lack>,
 }
 
 impl Host {
@@ -47,6 +50,7 @@ impl Host {
             tls_module_forbidden_by: MODPROBE_FOLDERS.iter().find_map(|folder| forbidding_line(Path::new(folder))),
             tls_module_built: tls_module_built(release.trim()),
             gcm_driver: fs::read_to_string("/proc/crypto").ok().and_then(|text| best_driver(&text, "gcm(aes)")),
+            uncounted: ebpf::lacking(),
         }
     }
 }

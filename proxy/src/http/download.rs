@@ -102,6 +102,7 @@ impl Exchange {
         };
         let Response { status, kind, head } =
             Response::parse(&self.answer[extent.start..extent.end], &asked).map_err(refused)?;
+        self.heads_bytes += extent.end as u64;
         self.answer.drain(..extent.end);
         self.scanner = Scanner::response();
         let mut out = head;

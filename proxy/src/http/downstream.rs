@@ -78,10 +78,7 @@ impl Downstream {
                 let down = Flow::new(tls.splicer(), Spare::default());
                 Ok(Self::Kernel(Box::new(Behind { tls: *tls, down })))
             }
-            Offloaded::Declined(tls, why) => {
-                tls.client.worker.counters.declined(why);
-                Ok(Self::User(tls))
-            }
+            Offloaded::Declined(tls) => Ok(Self::User(tls)),
             Offloaded::Failed(client, ended) => Err(Box::new((*client, ended))),
         }
     }

@@ -131,6 +131,8 @@ async fn conclude(
 ) -> Next {
     const STALE: Refusal = Refusal::bad_gateway("the upstream closed an old connection as it was used");
     (entry.status, entry.up_bytes, entry.down_bytes) = (done.status, done.up_bytes, done.down_bytes);
+    let head_bytes = done.request.head.len() as u64;
+    done.upstream.tally.moved(done.heads_bytes + done.down_bytes, head_bytes + done.up_bytes);
     let to_head = done.request.is_head();
     let worker = done.near.downstream.client().worker.clone();
     let how = match outcome {
@@ -189,6 +191,7 @@ async fn relay(
     };
     let client = near.downstream.client_mut();
     client.sock.draw_on(client.worker.send_memory.clone(), &connected.sock);
+    client.identity.goes_to(&connected.sock);
     let mut exchange = Box::new(Exchange::new(near, connected.sock, connected.reused, request, rules));
     loop {
         match exchange.run().await {
@@ -210,12 +213,12 @@ async fn relay(
 
 async fn connect(near: &Near, request: &Request, pooled: bool, service: &Service) -> Result<Connected, Failure> {
     let client = near.downstream.client();
-    let (pool, watch) = (&client.worker.pool, client.watch.clone());
+    let (pool, sockets, watch) = (&client.worker.pool, &client.worker.sockets, client.watch.clone());
     let each = service.limits.connect_timeout;
     let connected = if pooled {
-        pool.connect(&service.upstream, &service.turn, &watch, each, !request.is_replayable()).await
+        pool.connect(&service.upstream, &service.turn, &watch, each, !request.is_replayable(), sockets).await
     } else {
-        let new = crate::upstream::connect::connect(&service.upstream, &service.turn, &watch, each).await;
+        let new = crate::upstream::connect::connect(&service.upstream, &service.turn, &watch, each, sockets).await;
         new.map(|(sock, server)| Connected { sock, server, reused: false })
     };
     if let Ok(connected) = &connected {

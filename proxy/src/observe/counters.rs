@@ -2,6 +2,9 @@
 //!
 //! One `Counters` per worker, so that no cache line is shared on the data path; a scrape adds them up.
 
+use super::sockets::UserEndpoints;
+use super::sums::Handshakes;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 /// A count with one writer.
@@ -31,7 +34,7 @@ pub trait Label: Copy + 'static {
 macro_rules! label {
     ($(#[$m:meta])* $name:ident { $($(#[$vm:meta])* $variant:ident = $text:literal),+ $(,)? }) => {
         $(#[$m])*
-        #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+        #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
         pub enum $name { $($(#[$vm])* $variant),+ }
         impl Label for $name {
             const ALL: &'static [Self] = &[$(Self::$variant),+];
@@ -141,8 +144,10 @@ pub struct Counters {
     pub accept_pauses: Count,
     pub live: Count,
     pub handshakes: Count,
-    /// Of these, those that resumed a session.
-    pub resumed: Count,
+    /// The same by what they gave, and how long they took.
+    pub handshakes_by: Handshakes,
+    /// Peers that the kernel does not count.
+    pub user_endpoints: Arc<UserEndpoints>,
     /// Connections that went through the door.
     pub offloaded: Count,
     pub declined: [Count; Decline::ALL.len()],

@@ -1,7 +1,14 @@
-//! The counters of all workers as OpenMetrics text, added up at the moment of a scrape.
+//! Everything that is counted, as one text, added up at the moment of a scrape.
+//!
+//!   workers' counters ─▶ + what earlier processes have kept ─┐
+//!   pinned maps of the kernel ───────────────────────────────┴▶ OpenMetrics, or the Prometheus text format
 
 use super::counters::{Class, Count, Counters, Decline, End, Label};
+use super::figures::Figures;
+use super::kept::Kept;
 use super::log::DroppedLines;
+use super::maps::{Maps, Reading};
+use super::sums;
 use crate::control::upkeep::TicketGauges;
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric};
@@ -10,34 +17,81 @@ use prometheus_client::metrics::gauge::ConstGauge;
 use prometheus_client::metrics::{MetricType, info::Info};
 use prometheus_client::registry::Registry;
 use std::fmt;
+use std::io;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-/// The Content-Type of what `Metrics::text` gives.
-pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
-
 /// Everything that a scrape shows.
 #[derive(Debug)]
-pub struct Metrics(Registry);
+pub struct Metrics {
+    workers: Vec<Arc<Counters>>,
+    dropped_lines: Option<DroppedLines>,
+    kernel: Option<Arc<Maps>>,
+    kept: Option<Kept>,
+    figures: Arc<Figures>,
+    tickets: Option<Arc<TicketGauges>>,
+}
+
+/// Why there is nothing to show.
+#[derive(Debug, thiserror::Error)]
+pub enum TextError {
+    #[error("write the metrics: {0}")]
+    Format(#[from] fmt::Error),
+    #[error("read the pinned maps: {0}")]
+    Maps(#[from] io::Error),
+}
 
 impl Metrics {
+    /// `kernel`: the pinned maps, where the kernel counts.
     pub fn new(
         workers: Vec<Arc<Counters>>,
         dropped_lines: Option<DroppedLines>,
+        kernel: Option<Arc<Maps>>,
+        figures: Arc<Figures>,
         tickets: Option<Arc<TicketGauges>>,
     ) -> Self {
+        let kept = kernel.as_ref().and_then(|maps| match Kept::new(Arc::clone(maps)) {
+            Ok(kept) => Some(kept),
+            Err(error) => {
+                tracing::warn!(%error, "the counts of earlier processes cannot be read: user space begins at zero");
+                None
+            }
+        });
+        Self { workers, dropped_lines, kernel, kept, figures, tickets }
+    }
+
+    /// OpenMetrics.
+    ///
+    /// # Errors
+    /// The maps cannot be read.
+    pub fn text(&self) -> Result<String, TextError> {
+        let reading = self.kernel.as_ref().map(|maps| maps.read()).transpose()?;
+        let text = self.render(reading)?;
+        Ok(self.kept.as_ref().map_or_else(|| text.clone(), |kept| kept.with_earlier(&text)))
+    }
+
+    /// Keeps what user space has counted, for later processes.
+    pub fn keep(&self) {
+        let Some(kept) = &self.kept else { return };
+        let kept = self.render(None).map_err(TextError::from).and_then(|text| Ok(kept.save(&text)?));
+        if let Err(error) = kept {
+            tracing::debug!(%error, "counts are not kept");
+        }
+    }
+
+    fn render(&self, reading: Option<Reading>) -> Result<String, fmt::Error> {
         let mut registry = Registry::default();
         let version = Info::new(vec![("version", env!("CARGO_PKG_VERSION"))]);
         registry.register("tlsplice_build", "The running program", version);
-        registry.register_collector(Box::new(Workers { workers, dropped_lines, tickets }));
-        Self(registry)
-    }
-
-    /// # Errors
-    /// None that a `String` could give.
-    pub fn text(&self) -> Result<String, fmt::Error> {
+        registry.register_collector(Box::new(Workers {
+            workers: self.workers.clone(),
+            dropped_lines: self.dropped_lines.clone(),
+            reading,
+            figures: Arc::clone(&self.figures),
+            tickets: self.tickets.clone(),
+        }));
         let mut text = String::new();
-        prometheus_client::encoding::text::encode(&mut text, &self.0)?;
+        prometheus_client::encoding::text::encode(&mut text, &registry)?;
         Ok(text)
     }
 }
@@ -49,6 +103,8 @@ struct Workers {
     workers: Vec<Arc<Counters>>,
     dropped_lines: Option<DroppedLines>,
     tickets: Option<Arc<TicketGauges>>,
+    reading: Option<Reading>,
+    figures: Arc<Figures>,
 }
 
 type Labels<'a> = &'a [(&'static str, &'static str)];
@@ -60,8 +116,8 @@ impl Workers {
     }
 
     fn connections(&self, to: &mut DescriptorEncoder<'_>) -> fmt::Result {
-        counter(to, "tlsplice_connections_opened", "Client connections accepted", self.sum(|c| &c.accepted))?;
-        gauge(to, "tlsplice_connections_live", "Client connections that are open", self.sum(|c| &c.live))?;
+        counter(to, "tlsplice_connections_accepted", "Client connections accepted", self.sum(|c| &c.accepted))?;
+        sums::connections(to, &self.workers, self.reading.as_ref())?;
         let refused: Labels<'_> = &[("reason", "limit")];
         family(
             to,
@@ -78,10 +134,9 @@ impl Workers {
     }
 
     fn tls(&self, to: &mut DescriptorEncoder<'_>) -> fmt::Result {
-        let ok: Labels<'_> = &[("result", "ok")];
-        family(to, "tlsplice_handshakes", "TLS handshakes", &[(ok, self.sum(|c| &c.handshakes))])?;
-        let resumed = self.sum(|c| &c.resumed);
-        counter(to, "tlsplice_handshakes_resumed", "TLS handshakes that resumed a session", resumed)?;
+        let failed = self.sum(|c| &c.ended[End::HandshakeFailed.index()])
+            + self.sum(|c| &c.ended[End::HandshakeTimeout.index()]);
+        sums::handshakes(to, &self.workers, failed)?;
         let mut offload = vec![([("state", "offloaded"), ("reason", "")], self.sum(|c| &c.offloaded))];
         offload.extend(
             Decline::ALL
@@ -147,6 +202,7 @@ impl Collector for Workers {
         self.http(&mut to)?;
         self.payload(&mut to)?;
         self.tickets(&mut to)?;
+        self.figures.encode(&mut to)?;
         let Some(dropped) = &self.dropped_lines else { return Ok(()) };
         counter(&mut to, "tlsplice_log_lines_dropped", "Log lines that nobody read in time", dropped.get())
     }
@@ -185,14 +241,13 @@ mod tests {
         two.ended(End::Clean);
         two.up_copied.add(7);
         one.pipe_bytes.add(65536);
-        let text = Metrics::new(vec![one, two], None, None).text().expect("a string");
+        let text = Metrics::new(vec![one, two], None, None, Arc::default(), None).text().expect("a string");
         for line in [
             "tlsplice_build_info{version=\"0.1.0\"} 1",
-            "tlsplice_connections_opened_total 5",
-            "tlsplice_connections_live 1",
+            "tlsplice_connections_accepted_total 5",
             "tlsplice_connections_refused_total{reason=\"limit\"} 0",
             "tlsplice_accept_pauses_total 0",
-            "tlsplice_handshakes_total{result=\"ok\"} 0",
+            "tlsplice_handshakes_total{result=\"failed\",version=\"\",suite=\"\",group=\"\",resumed=\"\"} 0",
             "tlsplice_offload_total{state=\"offloaded\",reason=\"\"} 0",
             "tlsplice_offload_total{state=\"declined\",reason=\"no_ulp\"} 1",
             "tlsplice_connections_ended_total{how=\"clean\"} 1",

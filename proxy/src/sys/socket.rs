@@ -121,25 +121,42 @@ pub fn unsent(socket: BorrowedFd<'_>) -> io::Result<usize> {
     ioctl_int(socket, SIOCOUTQNSD)
 }
 
-/// Bytes that the peer has acknowledged since the connection began (tcpi_bytes_acked).
-pub fn acknowledged_bytes(socket: BorrowedFd<'_>) -> io::Result<u64> {
-    tcp_info(socket).map(|info| u64::from(info[30]) | u64::from(info[31]) << 32)
+/// What TCP_INFO says of a connection, as far as it is looked at.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct TcpInfo {
+    /// The largest packet on the way to the peer.
+    pub path_mtu_bytes: u32,
+    pub rtt_us: u32,
+    pub retransmits: u32,
+    /// Payload since the connection began.
+    pub bytes_acked: u64,
+    pub bytes_received: u64,
 }
 
-/// The largest packet on the way to the peer (tcpi_pmtu).
-pub fn path_mtu_bytes(socket: BorrowedFd<'_>) -> io::Result<usize> {
-    tcp_info(socket).map(|info| info[15] as usize)
-}
+/// Places in `struct tcp_info` (include/uapi/linux/tcp.h) in words of 4 bytes; libc's own definition ends before.
+const TCP_INFO_PMTU: usize = 15;
+const TCP_INFO_RTT: usize = 17;
+const TCP_INFO_RETRANSMITS: usize = 25;
+const TCP_INFO_ACKED: usize = 30;
+const TCP_INFO_RECEIVED: usize = 32;
+const TCP_INFO_WORDS: usize = 34;
 
-/// The front of struct tcp_info (TCP_INFO, linux/tcp.h) in words of 4 bytes; the C library's own ends earlier.
-fn tcp_info(socket: BorrowedFd<'_>) -> io::Result<[u32; 32]> {
-    let mut info = [0u32; 32];
-    let mut len = size_of_val(&info) as libc::socklen_t;
-    // SAFETY: `info` and `len` outlive the call and `len` is the size of `info`, of which the kernel fills what fits.
+pub fn tcp_info(socket: BorrowedFd<'_>) -> io::Result<TcpInfo> {
+    let mut words = [0_u32; TCP_INFO_WORDS];
+    let mut len = size_of_val(&words) as libc::socklen_t;
+    // SAFETY: the kernel writes at most `len` bytes, the size of the array, which outlives the call.
     let r = unsafe {
-        libc::getsockopt(socket.as_raw_fd(), libc::IPPROTO_TCP, libc::TCP_INFO, info.as_mut_ptr().cast(), &mut len)
+        libc::getsockopt(socket.as_raw_fd(), libc::IPPROTO_TCP, libc::TCP_INFO, words.as_mut_ptr().cast(), &mut len)
     };
-    cvt(r).map(|_| info)
+    cvt(r)?;
+    let long = |at: usize| u64::from(words[at]) | u64::from(words[at + 1]) << 32;
+    Ok(TcpInfo {
+        path_mtu_bytes: words[TCP_INFO_PMTU],
+        rtt_us: words[TCP_INFO_RTT],
+        retransmits: words[TCP_INFO_RETRANSMITS],
+        bytes_acked: long(TCP_INFO_ACKED),
+        bytes_received: long(TCP_INFO_RECEIVED),
+    })
 }
 
 /// Bytes in the receive queue (FIONREAD).

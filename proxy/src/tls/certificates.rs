@@ -38,6 +38,8 @@ pub struct Served {
     pub chain: Vec<Seen>,
     /// For people, UTC.
     pub not_after: String,
+    /// The same in seconds since 1970.
+    pub not_after_seconds: i64,
     /// Empty for a certificate that came from no file.
     pub certificate_file: PathBuf,
     pub key_file: PathBuf,
@@ -158,6 +160,7 @@ impl Served {
             names: chain.leaf().names.clone(),
             key_kind: kind(&*key),
             not_after: chain.leaf().not_after.to_string(),
+            not_after_seconds: chain.leaf().not_after.timestamp(),
             chain: chain.seen.clone(),
             certificate_file: chain.file.clone(),
             key_file,

@@ -1,8 +1,10 @@
 //! Chooses the certificate of a handshake: by the name that the client asks for, then by what it can verify.
 
+use crate::observe::sockets::ServerName;
 use rustls::server::{ClientHello, ResolvesServerCert};
 use rustls::sign::CertifiedKey;
 use rustls::{SignatureAlgorithm, SignatureScheme};
+use std::cell::Cell;
 use std::collections::HashMap;
 use std::fmt;
 use std::sync::Arc;
@@ -50,15 +52,23 @@ impl Resolver {
 
     /// A certificate has this name.
     pub fn knows(&self, name: &str) -> bool {
-        let name = name.to_ascii_lowercase();
-        let name = name.strip_suffix('.').unwrap_or(&name);
-        let by_wildcard = || name.split_once('.').is_some_and(|(_, suffix)| self.wildcard.contains_key(suffix));
-        self.exact.contains_key(name) || by_wildcard()
+        self.meant(name).is_some()
     }
 
     /// What a certificate's name stands for has one here too: itself, or a wildcard that has it.
     pub fn covers(&self, name: &str) -> bool {
         name.strip_prefix("*.").map_or_else(|| self.knows(name), |suffix| self.wildcard.contains_key(suffix))
+    }
+
+    /// The name of a certificate that this name means, if there is one.
+    fn meant(&self, name: &str) -> Option<String> {
+        let name = name.to_ascii_lowercase();
+        let name = name.strip_suffix('.').unwrap_or(&name);
+        if self.exact.contains_key(name) {
+            return Some(name.to_owned());
+        }
+        let (_, suffix) = name.split_once('.')?;
+        self.wildcard.contains_key(suffix).then(|| format!("*.{suffix}"))
     }
 
     fn candidates(&self, name: Option<&str>) -> &[Arc<CertifiedKey>] {
@@ -86,8 +96,19 @@ fn rank(key: &CertifiedKey) -> u8 {
     }
 }
 
+thread_local! {
+    /// What the handshake that this thread has just gone on with asked for: rustls' unbuffered connection does not tell.
+    static ASKED: Cell<Option<ServerName>> = const { Cell::new(None) };
+}
+
+/// The name that the last call into rustls on this thread has resolved, once.
+pub fn take_asked() -> Option<ServerName> {
+    ASKED.take()
+}
+
 impl ResolvesServerCert for Resolver {
     fn resolve(&self, hello: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
+        ASKED.set(hello.server_name().map(|name| ServerName::of(self.meant(name).as_deref())));
         self.choose(hello.server_name(), hello.signature_schemes())
     }
 }

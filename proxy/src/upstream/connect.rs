@@ -3,13 +3,14 @@
 use crate::close::writable;
 use crate::config::{ServerAddress, Upstream};
 use crate::observe::counters::End;
+use crate::observe::sockets::{Peer, Sockets, Tally};
 use crate::ring::Sock;
 use crate::sys::socket;
 use crate::watch::{Verdict, Watch};
 use socket2::{Domain, SockAddr, Socket, Type};
 use std::cell::Cell;
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::time::Duration;
 
 /// A unix listener whose backlog is full answers EAGAIN and wakes nobody.
@@ -23,11 +24,14 @@ pub struct Failure {
 
 /// Connects, within what the watch allows for each server; gives the server's place too. `turn` counts the connections
 /// of this worker.
+///
+/// Says of each socket whose it is before it connects.
 pub async fn connect(
     upstream: &Upstream,
     turn: &Cell<usize>,
     watch: &Watch,
     each: Duration,
+    sockets: &Sockets,
 ) -> Result<(Sock, usize), Failure> {
     let first = turn.replace(turn.get().wrapping_add(1));
     let mut failure = Failure { how: End::ConnectFailed, reason: String::new() };
@@ -36,7 +40,8 @@ pub async fn connect(
         let server = &upstream.servers[place];
         watch.forgive();
         watch.allow(each);
-        match one(server, watch).await {
+        let label = |socket: BorrowedFd<'_>| sockets.connecting(socket, &upstream.name, server);
+        match one(server, watch, label).await {
             Ok(sock) => return Ok((sock, place)),
             Err(e) => {
                 let name = match server {
@@ -58,7 +63,7 @@ pub async fn connect(
     Err(failure)
 }
 
-async fn one(server: &ServerAddress, watch: &Watch) -> io::Result<Sock> {
+async fn one(server: &ServerAddress, watch: &Watch, label: impl Fn(BorrowedFd<'_>) -> Peer) -> io::Result<Sock> {
     let (domain, address) = match server {
         ServerAddress::Tcp(address) => (Domain::for_address(*address), SockAddr::from(*address)),
         ServerAddress::Unix(path) => (Domain::UNIX, SockAddr::unix(path)?),
@@ -67,23 +72,30 @@ async fn one(server: &ServerAddress, watch: &Watch) -> io::Result<Sock> {
     if domain != Domain::UNIX {
         socket::set_nodelay(socket.as_fd())?;
     }
+    let peer = label(socket.as_fd());
     loop {
         match socket.connect(&address) {
-            Ok(()) => return Ok(Sock::new(socket.into())),
+            Ok(()) => return Ok(Sock::new(socket.into(), peer.opened())),
             Err(e) if e.raw_os_error() == Some(libc::EINPROGRESS) => break,
             Err(e) if socket::is_again(&e) && watch.verdict().is_none() => tokio::time::sleep(UNIX_BACKLOG_RETRY).await,
-            Err(e) if socket::is_again(&e) => return Err(io::ErrorKind::TimedOut.into()),
-            Err(e) => return Err(e),
+            Err(e) => {
+                peer.refused();
+                return Err(if socket::is_again(&e) { io::ErrorKind::TimedOut.into() } else { e });
+            }
         }
     }
-    let mut sock = Sock::new(socket.into());
+    let mut sock = Sock::new(socket.into(), Tally::default());
     sock.writable = false;
     let in_time = writable(&mut sock, watch).await;
     let result = match socket::take_error(sock.fd()) {
-        Ok(None) if in_time => return Ok(sock),
+        Ok(None) if in_time => {
+            sock.tally = peer.opened();
+            return Ok(sock);
+        }
         Ok(None) => Err(io::ErrorKind::TimedOut.into()),
         Ok(Some(e)) | Err(e) => Err(e),
     };
+    peer.refused();
     sock.cancel().await;
     result
 }

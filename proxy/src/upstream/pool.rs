@@ -5,6 +5,7 @@
 //! A connection never changes worker. Nothing waits on an idle one: whether it is still good is asked when it is taken.
 
 use crate::config::{ServerAddress, Upstream};
+use crate::observe::sockets::Sockets;
 use crate::ring::Sock;
 use crate::sys::socket;
 use crate::upstream::connect::{Failure, connect};
@@ -92,13 +93,14 @@ impl Pool {
         watch: &Watch,
         each: Duration,
         once: bool,
+        sockets: &Sockets,
     ) -> Result<Connected, Failure> {
         let server = turn.get() % upstream.servers.len();
         if let Some(sock) = self.take(&upstream.servers[server], once) {
             turn.set(turn.get().wrapping_add(1));
             return Ok(Connected { sock, server, reused: true });
         }
-        let (sock, server) = connect(upstream, turn, watch, each).await?;
+        let (sock, server) = connect(upstream, turn, watch, each, sockets).await?;
         Ok(Connected { sock, server, reused: false })
     }
 }

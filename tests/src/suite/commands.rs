@@ -54,7 +54,7 @@ fn wrong_file(ctx: &Context) -> Result<()> {
         let (code, words) = run(ctx, &text)?;
         ensure!(code == Some(2) && words.contains(word), "exit {code:?}, and no {word:?} in: {words}");
     }
-    for arguments in [&["run", "--config", "/no/such/file"][..], &["no-such-command"], &["top"]] {
+    for arguments in [&["run", "--config", "/no/such/file"][..], &["no-such-command"], &["grade"]] {
         let (code, words) = tlsplice(ctx, arguments)?;
         ensure!(code == Some(2), "{arguments:?}: exit {code:?}: {words}");
     }

@@ -1,0 +1,494 @@
+//! What the kernel counts of connections is exact, is kept, and means what it says.
+
+use crate::counted::{Kind, Server, Truth, client_config, connect, storm};
+use crate::environment::{Environment, Relay};
+use crate::process::free_port;
+use crate::proxy::{Proxy, Settings, loopback};
+use crate::run::{Context, Test};
+use crate::scrape::Metrics;
+use anyhow::{Context as _, Result, bail, ensure};
+use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::time::{Duration, Instant};
+
+pub fn tests(env: &Environment) -> Vec<Test> {
+    let mut tests = Test::each_relay(env, "kernel_counts_equal_what_was_sent_to_the_byte", exact);
+    let limit = env.scale(Duration::from_secs(120), Duration::from_secs(900));
+    tests.push(Test::new(env, "kernel_counts_outlive_a_killed_tlsplice", killed));
+    tests.push(Test::new(env, "a_new_program_takes_over_in_a_storm_without_a_loss", replaced));
+    tests.push(Test::new(env, "server_names_of_a_hostile_client_take_no_memory", names));
+    tests.push(Test::new(env, "without_bpffs_or_capabilities_it_serves_and_says_so", without));
+    tests.push(Test::new(env, "what_counting_in_the_kernel_costs_is_told", cost));
+    if env.offload {
+        tests.push(Test::new(env, "a_spliced_gigabyte_is_counted_to_the_byte", gigabyte));
+    }
+    tests.iter_mut().for_each(|test| test.limit = limit);
+    tests
+}
+
+fn default_relay(ctx: &Context) -> Relay {
+    ctx.environment.relays()[0]
+}
+
+/// A bpf file system of one test's own.
+pub struct Pins(PathBuf);
+
+impl Pins {
+    pub fn mount(ctx: &Context) -> Result<Self> {
+        let folder = ctx.environment.tmp.join(format!("bpf-{}", ctx.test()));
+        fs::create_dir_all(&folder)?;
+        mount("bpf", &folder, "bpf", MountFlags::empty(), None)
+            .with_context(|| format!("mount a bpf file system at {}", folder.display()))?;
+        Ok(Self(folder))
+    }
+
+    pub fn folder(&self) -> PathBuf {
+        self.0.join("tlsplice")
+    }
+
+    /// The lines of `[metrics]`.
+    pub fn settings(&self, settings: &mut Settings) {
+        settings.metrics =
+            vec!["kernel = \"require\"".into(), format!("pins = {:?}", self.folder().display().to_string())];
+    }
+}
+
+impl Drop for Pins {
+    fn drop(&mut self) {
+        // Pinned objects go with it.
+        let _ = unmount(&self.0, UnmountFlags::DETACH);
+        let _ = fs::remove_dir(&self.0);
+    }
+}
+
+/// `tlsplice metrics`, which needs no process.
+pub fn pinned(ctx: &Context, pins: &Path) -> Result<Metrics> {
+    let output = Command::new(&ctx.environment.bin).arg("metrics").arg("--pins").arg(pins).output()?;
+    let said = String::from_utf8_lossy(&output.stderr);
+    ensure!(output.status.success(), "tlsplice metrics: {}: {said}", output.status);
+    Ok(Metrics::parse(&String::from_utf8(output.stdout)?))
+}
+
+/// Polls until every connection that was opened is closed in the maps.
+pub fn all_closed(ctx: &Context, read: impl Fn() -> Result<Metrics>) -> Result<Metrics> {
+    let deadline = Instant::now() + ctx.environment.patience();
+    loop {
+        let metrics = read()?;
+        let counted = |side: &str| -> [u64; 2] {
+            ["opened", "closed"]
+                .map(|what| metrics.sum(&format!("tlsplice_connections_{what}_total"), &[("side", side)]))
+        };
+        let (client, upstream) = (counted("client"), counted("upstream"));
+        if client[0] == client[1] && upstream[0] == upstream[1] {
+            return Ok(metrics);
+        }
+        if Instant::now() > deadline {
+            bail!("opened and closed are {client:?} for clients, {upstream:?} for upstreams");
+        }
+        std::thread::sleep(Duration::from_millis(50));
+    }
+}
+
+/// Opened, in, out.
+pub fn figures(metrics: &Metrics, side: &str) -> [u64; 3] {
+    let bytes = |direction| metrics.sum("tlsplice_bytes_total", &[("side", side), ("direction", direction)]);
+    [metrics.sum("tlsplice_connections_opened_total", &[("side", side)]), bytes("in"), bytes("out")]
+}
+
+/// Mixed sizes: many small ones, some that go through the door.
+fn sizes(random: &mut crate::pattern::Random) -> (u64, u64) {
+    let size = |random: &mut crate::pattern::Random| match random.range(0, 9) {
+        0 => 0,
+        1..=5 => random.range(1, 4_000),
+        6..=8 => random.range(4_000, 60_000),
+        _ => random.range(60_000, 300_000),
+    };
+    (size(random), size(random))
+}
+
+fn exact(ctx: &Context, relay: Relay) -> Result<()> {
+    let pins = Pins::mount(ctx)?;
+    let truth = Arc::new(Truth::default());
+    let server = Server::start(truth.clone())?;
+    let nobody = loopback(free_port()?);
+    let mut settings = Settings::new(ctx, relay)?.listen(50_000, &server.address.to_string())?;
+    settings = settings.listen(0, &nobody.to_string())?;
+    pins.settings(&mut settings);
+    let proxy = Proxy::start(ctx, settings)?;
+    let config = client_config(ctx)?;
+    let count = ctx.environment.scale(2_000, 2_000);
+    let (resets, refused) = (AtomicU64::new(0), AtomicU64::new(0));
+    let started = Instant::now();
+    storm(8, count, |n, random| {
+        let kind = match n % 20 {
+            3 => Kind::ClientResets,
+            7 => Kind::ServerResets,
+            11 => {
+                refused.fetch_add(1, Relaxed);
+                // It gets its handshake, then the end: nobody listens behind.
+                let _ = connect(&config, proxy.address(1), &truth, Kind::Clean, (0, 1));
+                return Ok(());
+            }
+            _ => Kind::Clean,
+        };
+        if kind != Kind::Clean {
+            resets.fetch_add(1, Relaxed);
+        }
+        connect(&config, proxy.address(0), &truth, kind, sizes(random))
+    })?;
+    let took = started.elapsed();
+    server.check()?;
+    let metrics = all_closed(ctx, || proxy.metrics())?;
+    for (side, truth) in [("client", &truth.client), ("upstream", &truth.upstream)] {
+        let (counted, sent) = (figures(&metrics, side), truth.figures());
+        ensure!(counted == sent, "{side}: the kernel counts {counted:?} (opened, in, out), the wire had {sent:?}");
+    }
+    let sum = |name: &str, labels: &[(&str, &str)]| metrics.sum(name, labels);
+    let (resets, refused) = (resets.load(Relaxed), refused.load(Relaxed));
+    let failed = sum("tlsplice_connects_failed_total", &[("side", "upstream")]);
+    ensure!(failed == refused, "{refused} connects were refused, {failed} are counted");
+    // Of a client's reset the upstream gets one too, and of an upstream's the client.
+    for side in ["client", "upstream"] {
+        let counted = sum("tlsplice_connections_reset_total", &[("side", side)]);
+        ensure!(counted >= resets, "{side}: {resets} connections were reset, {counted} are counted");
+    }
+    let duration = sum("tlsplice_connection_duration_seconds_count", &[("side", "client")]);
+    ensure!(duration == count, "{count} durations are wanted, {duration} are counted");
+    let classed = ["in", "out"].map(|direction| sum("tlsplice_tls_bytes_total", &[("direction", direction)]));
+    ensure!(classed == figures(&metrics, "client")[1..], "by class: {classed:?}");
+    let [opened, bytes_in, bytes_out] = figures(&metrics, "client");
+    let named = sum("tlsplice_tls_connections_opened_total", &[("server_name", crate::certificate::NAME)]);
+    ensure!(named == opened, "{opened} clients asked for a name, {named} are counted under it");
+    let printed = pinned(ctx, &pins.folder())?;
+    ensure!(figures(&printed, "client") == [opened, bytes_in, bytes_out], "tlsplice metrics says otherwise");
+    ctx.note(&format!(
+        "{opened} clients: {bytes_in} bytes in, {bytes_out} out, {} of them reset, {refused} without upstream; upstreams {:?}; {:.1} s",
+        resets,
+        figures(&metrics, "upstream"),
+        took.as_secs_f64()
+    ));
+    proxy.finish(ctx).map(drop)
+}
+
+/// Connections that are open, with data under way, when the process is killed.
+const KILLED: u64 = 100;
+
+fn killed(ctx: &Context) -> Result<()> {
+    let pins = Pins::mount(ctx)?;
+    let truth = Arc::new(Truth::default());
+    let server = Server::start(truth.clone())?;
+    let mut settings = Settings::new(ctx, default_relay(ctx))?.listen(50_000, &server.address.to_string())?;
+    pins.settings(&mut settings);
+    let mut proxy = Proxy::start(ctx, settings.clone())?;
+    let config = client_config(ctx)?;
+    storm(4, 200, |_, random| connect(&config, proxy.address(0), &truth, Kind::Clean, sizes(random)))?;
+    // User space keeps its counts once a second.
+    let before = all_closed(ctx, || proxy.metrics())?;
+    std::thread::sleep(Duration::from_millis(1_500));
+    let open = std::thread::scope(|scope| -> Result<Metrics> {
+        for _ in 0..KILLED {
+            // Each uploads without end, until it is cut.
+            scope.spawn(|| connect(&config, settings.listeners[0].address, &truth, Kind::Clean, (1 << 40, 0)));
+        }
+        let open = proxy.wait_for("all to be open and busy", |m| {
+            let live = |side| m.sum("tlsplice_connections_live", &[("side", side)]);
+            live("client") == KILLED && live("upstream") == KILLED && figures(m, "upstream")[2] > 20_000_000
+        });
+        proxy.signal(rustix::process::Signal::KILL)?;
+        proxy.wait_exit()?;
+        open
+    })?;
+    let mut dead = all_closed(ctx, || pinned(ctx, &pins.folder()))?;
+    for side in ["client", "upstream"] {
+        let (then, now) = (figures(&open, side), figures(&dead, side));
+        ensure!(now[0] == 200 + KILLED, "{side}: {} were opened, {} are counted", 200 + KILLED, now[0]);
+        ensure!(now[1] >= then[1] && now[2] >= then[2], "{side}: {then:?} before the kill, {now:?} after it");
+        ensure!(dead.sum("tlsplice_connections_live", &[("side", side)]) == 0, "{side}: some are still live");
+    }
+    let accepted = |m: &Metrics| m.sum("tlsplice_connections_accepted_total", &[]);
+    ensure!(
+        accepted(&dead) >= accepted(&before),
+        "user space forgot: {} then, {} now",
+        accepted(&before),
+        accepted(&dead)
+    );
+    // Servers that were cut have said so, which is no trouble; a new one counts from here.
+    let truth = Arc::new(Truth::default());
+    let server = Server::start(truth.clone())?;
+    settings.listeners[0].server = server.address.to_string();
+    let proxy = Proxy::start(ctx, settings)?;
+    storm(4, 200, |_, random| connect(&config, proxy.address(0), &truth, Kind::Clean, sizes(random)))?;
+    server.check()?;
+    let after = all_closed(ctx, || proxy.metrics())?;
+    for (side, truth) in [("client", &truth.client), ("upstream", &truth.upstream)] {
+        let rise: Vec<u64> = figures(&after, side).iter().zip(figures(&dead, side)).map(|(a, d)| a - d).collect();
+        ensure!(rise == truth.figures(), "{side}: counted {rise:?} since the restart, sent {:?}", truth.figures());
+    }
+    ensure!(accepted(&after) == accepted(&dead) + 200, "{} accepted, then {}", accepted(&dead), accepted(&after));
+    ctx.note(&format!(
+        "client sums (opened, in, out): {:?} when killed, {:?} dead, {:?} at the end",
+        figures(&open, "client"),
+        figures(&dead, "client"),
+        figures(&after, "client")
+    ));
+    dead = proxy_gone(ctx, proxy, &pins)?;
+    ensure!(
+        figures(&dead, "client") == figures(&after, "client"),
+        "the last truth is another than the one before the end"
+    );
+    Ok(())
+}
+
+/// What the pins say after it has ended in order.
+fn proxy_gone(ctx: &Context, mut proxy: Proxy, pins: &Pins) -> Result<Metrics> {
+    proxy.signal(rustix::process::Signal::TERM)?;
+    let status = proxy.wait_exit()?;
+    proxy.check_end(status)?;
+    pinned(ctx, &pins.folder())
+}
+
+fn replaced(ctx: &Context) -> Result<()> {
+    let pins = Pins::mount(ctx)?;
+    let truth = Arc::new(Truth::default());
+    let server = Server::start(truth.clone())?;
+    let setting = || -> Result<Settings> {
+        let mut settings = Settings::new(ctx, default_relay(ctx))?.listen(50_000, &server.address.to_string())?;
+        pins.settings(&mut settings);
+        Ok(settings)
+    };
+    let proxy = Proxy::start(ctx, setting()?)?;
+    let config = client_config(ctx)?;
+    let count = ctx.environment.scale(20_000, 1_000);
+    let done = std::sync::atomic::AtomicBool::new(false);
+    let programs = std::thread::scope(|scope| -> Result<u64> {
+        let storm = scope.spawn(|| {
+            let ended = storm(8, count, |_, random| {
+                let (up, down) = (random.range(1, 4_000), random.range(1, 4_000));
+                connect(&config, proxy.address(0), &truth, Kind::Clean, (up, down))
+            });
+            done.store(true, Relaxed);
+            ended
+        });
+        // Each start puts its own program into the link that is pinned.
+        let mut programs = 0;
+        while !done.load(Relaxed) && programs < 20 {
+            let mut next = Proxy::start(ctx, setting()?)?;
+            next.signal(rustix::process::Signal::TERM)?;
+            next.wait_exit()?;
+            programs += 1;
+        }
+        storm.join().ok().context("the storm panicked")??;
+        Ok(programs)
+    })?;
+    server.check()?;
+    let metrics = all_closed(ctx, || proxy.metrics())?;
+    for (side, truth) in [("client", &truth.client), ("upstream", &truth.upstream)] {
+        let (counted, sent) = (figures(&metrics, side), truth.figures());
+        ensure!(counted == sent, "{side}: the kernel counts {counted:?} (opened, in, out), the wire had {sent:?}");
+    }
+    ensure!(programs > 0, "the storm was over before another program was loaded");
+    ctx.note(&format!("{count} connections under {} programs, each closed, each byte counted", programs + 1));
+    proxy.finish(ctx).map(drop)
+}
+
+fn names(ctx: &Context) -> Result<()> {
+    let pins = Pins::mount(ctx)?;
+    let truth = Arc::new(Truth::default());
+    let server = Server::start(truth.clone())?;
+    let mut settings = Settings::new(ctx, default_relay(ctx))?.listen(50_000, &server.address.to_string())?;
+    pins.settings(&mut settings);
+    let proxy = Proxy::start(ctx, settings)?;
+    let mut config = client_config(ctx)?;
+    // The certificate is for another name, and this client does not care.
+    let verifier = crate::counted::Anyone::new();
+    Arc::make_mut(&mut config).dangerous().set_certificate_verifier(verifier);
+    let some = |from: u64, count: u64| {
+        storm(8, count, |n, _| {
+            let name = format!("n{}.hostile.test", from + n);
+            crate::counted::connect_as(&config, &name, proxy.address(0), &truth, Kind::Clean, (0, 1))
+        })
+    };
+    some(0, 1_000)?;
+    let rows = |m: &Metrics| m.count("tlsplice_tls_connections_opened_total");
+    let (before, memory) = (rows(&all_closed(ctx, || proxy.metrics())?), crate::scrape::memory_kib(proxy.pid())?);
+    let count = ctx.environment.scale(99_000, 1_000);
+    some(1_000, count)?;
+    let metrics = all_closed(ctx, || proxy.metrics())?;
+    let now = crate::scrape::memory_kib(proxy.pid())?;
+    ensure!(rows(&metrics) == before, "{before} rows before, {} now", rows(&metrics));
+    let other = metrics.sum("tlsplice_tls_connections_opened_total", &[("server_name", "other")]);
+    ensure!(other == count + 1_000, "{} unknown names, {other} under \"other\"", count + 1_000);
+    // A quarter of what the names alone would take.
+    let allowed = memory.0 + count * 32 / 4 / 1024 + 512;
+    ensure!(now.0 <= allowed, "{} went from {} to {} KiB", now.1, memory.0, now.0);
+    ctx.note(&format!(
+        "{} names, all under \"other\": {before} rows as before, {} {} KiB then, {} KiB now",
+        count + 1_000,
+        now.1,
+        memory.0,
+        now.0
+    ));
+    proxy.finish(ctx).map(drop)
+}
+
+fn without(ctx: &Context) -> Result<()> {
+    let truth = Arc::new(Truth::default());
+    let server = Server::start(truth.clone())?;
+    let config = client_config(ctx)?;
+    let settings = || Settings::new(ctx, default_relay(ctx))?.listen(50_000, &server.address.to_string());
+    let nowhere = ctx.environment.tmp.join("no-bpffs");
+    fs::create_dir_all(&nowhere)?;
+    let mut lacking = settings()?;
+    lacking.metrics = vec![format!("pins = {:?}", nowhere.join("tlsplice").display().to_string())];
+    let proxy = Proxy::start(ctx, lacking.clone())?;
+    connect(&config, proxy.address(0), &truth, Kind::Clean, (1_000, 2_000))?;
+    let metrics = proxy.settled()?;
+    let user = |side: &str| metrics.sum("tlsplice_connections_opened_total", &[("side", side), ("source", "user")]);
+    ensure!(
+        (user("client"), user("upstream")) == (1, 1),
+        "user space counts {} and {}",
+        user("client"),
+        user("upstream")
+    );
+    let said = proxy.log().lines().filter(|line| line.contains("mount -t bpf")).count();
+    ensure!(said == 1, "it says {said} times how to mount a bpf file system: {}", proxy.log_tail());
+    proxy.finish(ctx)?;
+    lacking.metrics.push("kernel = \"require\"".into());
+    let file = ctx.environment.tmp.join("require.toml");
+    fs::write(&file, lacking.text())?;
+    let output = Command::new(&ctx.environment.bin).arg("run").arg("--config").arg(&file).output()?;
+    let words = String::from_utf8_lossy(&output.stderr);
+    ensure!(output.status.code() == Some(3) && words.contains("mount -t bpf"), "{}: {words}", output.status);
+    let output = Command::new(&ctx.environment.bin).args(["metrics", "--pins"]).arg(&nowhere).output()?;
+    ensure!(output.status.code() == Some(3), "metrics without maps: {}", output.status);
+    without_capabilities(ctx, settings()?, &config, &truth)
+}
+
+/// A root that may not load programs, as in a container.
+fn without_capabilities(
+    ctx: &Context,
+    mut settings: Settings,
+    config: &Arc<rustls::ClientConfig>,
+    truth: &Truth,
+) -> Result<()> {
+    let pins = Pins::mount(ctx)?;
+    pins.settings(&mut settings);
+    settings.metrics.remove(0);
+    let proxy = Proxy::start_as(ctx, settings, &["setpriv", "--bounding-set=-bpf,-sys_admin,-net_admin,-perfmon"])?;
+    connect(config, proxy.address(0), truth, Kind::Clean, (1_000, 2_000))?;
+    proxy.settled()?;
+    let said = proxy.log().lines().filter(|line| line.contains("CAP_BPF")).count();
+    ensure!(said == 1, "it says {said} times that CAP_BPF is missing: {}", proxy.log_tail());
+    proxy.finish(ctx)?;
+    let output = Command::new("setpriv")
+        .args(["--bounding-set=-bpf,-sys_admin,-net_admin,-perfmon", "--"])
+        .arg(&ctx.environment.bin)
+        .arg("doctor")
+        .output()?;
+    let words = String::from_utf8_lossy(&output.stdout);
+    let at = words.find("kernel metrics").context("doctor says nothing of kernel metrics")?;
+    ensure!(words[at..].contains("mend:"), "doctor has no mend: {}", &words[at..]);
+    ctx.note(words[at..].lines().take(2).collect::<Vec<_>>().join(" ").trim());
+    Ok(())
+}
+
+fn gigabyte(ctx: &Context) -> Result<()> {
+    let pins = Pins::mount(ctx)?;
+    let truth = Arc::new(Truth::default());
+    let server = Server::start(truth.clone())?;
+    let mut settings = Settings::new(ctx, default_relay(ctx))?.listen(128 << 10, &server.address.to_string())?;
+    pins.settings(&mut settings);
+    let proxy = Proxy::start(ctx, settings)?;
+    connect(&client_config(ctx)?, proxy.address(0), &truth, Kind::Clean, (0, 1 << 30))?;
+    let metrics = all_closed(ctx, || proxy.metrics())?;
+    for (side, truth) in [("client", &truth.client), ("upstream", &truth.upstream)] {
+        let (counted, sent) = (figures(&metrics, side), truth.figures());
+        ensure!(counted == sent, "{side}: the kernel counts {counted:?} (opened, in, out), the wire had {sent:?}");
+    }
+    let (copied, spliced) = (metrics.payload("out", "copied"), metrics.payload("out", "spliced"));
+    ensure!(copied + spliced == 1 << 30 && copied < 1 << 20, "{copied} bytes were copied, {spliced} spliced");
+    ctx.note(&format!(
+        "{:?} (opened, in, out) of the client; {copied} copied, {spliced} spliced",
+        figures(&metrics, "client")
+    ));
+    proxy.finish(ctx).map(drop)
+}
+
+/// Rounds of each kind, alternating; the medians are compared.
+const COST_ROUNDS: usize = 5;
+/// Far above what was ever measured (7 %), and below what a mistake in the program would cost: this machine may be busy.
+const COST_LIMIT: f64 = 1.5;
+
+fn cost(ctx: &Context) -> Result<()> {
+    let pins = Pins::mount(ctx)?;
+    let stats = Path::new("/proc/sys/kernel/bpf_stats_enabled");
+    let truth = Arc::new(Truth::default());
+    let server = Server::start(truth.clone())?;
+    let config = client_config(ctx)?;
+    let count = ctx.environment.scale(1_000, 100);
+    let (mut without, mut with, mut runs) = (Vec::new(), Vec::new(), None);
+    for round in 0..2 * COST_ROUNDS {
+        let mut settings = Settings::new(ctx, default_relay(ctx))?.listen(50_000, &server.address.to_string())?;
+        if round % 2 == 1 {
+            pins.settings(&mut settings);
+        }
+        let proxy = Proxy::start(ctx, settings)?;
+        let storm = |count| {
+            storm(4, count, |_, random| {
+                let sizes = (random.range(1, 4_000), random.range(1, 4_000));
+                connect(&config, proxy.address(0), &truth, Kind::Clean, sizes)
+            })
+        };
+        storm(50)?;
+        let before = crate::scrape::cpu_ns(proxy.pid())?;
+        storm(count)?;
+        proxy.settled()?;
+        let each = (crate::scrape::cpu_ns(proxy.pid())? - before) / count;
+        if round % 2 == 1 {
+            with.push(each)
+        } else {
+            without.push(each)
+        }
+        if round == 2 * COST_ROUNDS - 1 && fs::write(stats, "1").is_ok() {
+            let fetch = || pinned_text(ctx, &pins.folder());
+            let then = float(&fetch()?, "tlsplice_ebpf_runs_total");
+            let spent = float(&fetch()?, "tlsplice_ebpf_run_seconds_total");
+            storm(count)?;
+            proxy.settled()?;
+            let now = fetch()?;
+            let _ = fs::write(stats, "0");
+            let n = float(&now, "tlsplice_ebpf_runs_total") - then;
+            let seconds = float(&now, "tlsplice_ebpf_run_seconds_total") - spent;
+            ensure!(n > 0.0, "the program has not run: {now}");
+            runs = Some((n / count as f64, seconds / n * 1e9));
+        }
+        proxy.finish(ctx)?;
+    }
+    without.sort_unstable();
+    with.sort_unstable();
+    let (off, on) = (without[COST_ROUNDS / 2], with[COST_ROUNDS / 2]);
+    let ratio = on as f64 / off as f64;
+    let (each, ns) = runs.unwrap_or((0.0, 0.0));
+    ctx.note(&format!(
+        "CPU of tlsplice per connection, medians of {COST_ROUNDS}: {off} ns without, {on} ns with ({:+.1} %); bpf_stats: {each:.1} runs a connection, {ns:.0} ns each",
+        (ratio - 1.0) * 100.0
+    ));
+    ensure!(ratio < COST_LIMIT, "counting costs {ratio:.2} times as much; without {without:?}, with {with:?}");
+    Ok(())
+}
+
+fn pinned_text(ctx: &Context, pins: &Path) -> Result<String> {
+    let output = Command::new(&ctx.environment.bin).arg("metrics").arg("--pins").arg(pins).output()?;
+    ensure!(output.status.success(), "tlsplice metrics: {}", output.status);
+    Ok(String::from_utf8(output.stdout)?)
+}
+
+/// The value of a sample without labels; 0 if there is none.
+fn float(text: &str, name: &str) -> f64 {
+    let line = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+    line.and_then(|value| value.parse().ok()).unwrap_or(0.0)
+}
