@@ -347,6 +347,9 @@ impl Client {
         if want.client_write {
             self.sock.arm_write();
         }
+        if want.client_reset {
+            self.sock.arm_reset();
+        }
         let mut ready = self.sock.take_up(cx);
         if let Some(upstream) = upstream {
             if want.upstream_read {
@@ -379,6 +382,8 @@ pub struct Want {
     pub client_write: bool,
     pub upstream_read: bool,
     pub upstream_write: bool,
+    /// The client has ended its stream, and could still reset the connection.
+    pub client_reset: bool,
 }
 
 /// Whether an error of a socket means that the peer is gone, not that we did something wrong.

@@ -8,7 +8,7 @@
 use crate::observe::sockets::Tally;
 use crate::send_room::{Room, SendMemory};
 use crate::sys::pipe::Pipe;
-use crate::sys::socket::watch_writable;
+use crate::sys::socket::{poll_now, watch_writable};
 use io_uring::squeue::Flags;
 use io_uring::types::{CancelBuilder, Fd};
 use io_uring::{cqueue, opcode};
@@ -45,6 +45,11 @@ pub struct Sock {
     writing: Option<Writing>,
     /// The peer has sent its FIN, as a poll told.
     half_closed: bool,
+    /// See `Writing`.
+    epoll: Option<Box<AsyncFd<Rc<OwnedFd>>>>,
+    /// What `arm_reset` waits for has come.
+    is_reset: bool,
+    watches_reset: bool,
     /// A read may give something. Cleared by whoever saw EAGAIN or a short read.
     pub readable: bool,
     /// A write may take something. Cleared by whoever saw EAGAIN.
@@ -58,10 +63,11 @@ pub struct Sock {
 /// How a wake-up for writing comes.
 ///
 /// POLL_ADD adds POLLRDHUP to every mask (IO_POLL_UNMASK in io_uring/poll.c): on a socket whose peer has sent its FIN
-/// it completes at once, for ever, full or not. There the runtime's own epoll waits instead.
+/// it completes at once, for ever, full or not. There the runtime's own epoll waits instead, for edges: it is asked for
+/// the next one before the socket is asked, so that none is lost.
 enum Writing {
     Ring(Op<Rc<OwnedFd>>),
-    Epoll(Box<AsyncFd<Rc<OwnedFd>>>),
+    Epoll,
 }
 
 impl Sock {
@@ -71,6 +77,9 @@ impl Sock {
             reading: None,
             writing: None,
             half_closed: false,
+            epoll: None,
+            is_reset: false,
+            watches_reset: false,
             readable: true,
             writable: true,
             room: None,
@@ -125,13 +134,34 @@ impl Sock {
         }
     }
 
-    fn wait_to_write(&self) -> Writing {
-        if self.half_closed
-            && let Ok(fd) = watch_writable(self.fd.clone())
-        {
-            return Writing::Epoll(Box::new(fd));
+    /// Asks for a wake-up when a peer that has sent its FIN resets the connection after all; see `is_reset`. What was
+    /// shut down both ways looks the same.
+    pub fn arm_reset(&mut self) {
+        self.watches_reset = !self.is_reset && self.has_epoll();
+    }
+
+    pub fn is_reset(&self) -> bool {
+        self.is_reset
+    }
+
+    fn wait_to_write(&mut self) -> Writing {
+        if self.half_closed && self.has_epoll() { Writing::Epoll } else { Writing::Ring(self.poll_add(libc::POLLOUT)) }
+    }
+
+    fn has_epoll(&mut self) -> bool {
+        if self.epoll.is_none() {
+            self.epoll = watch_writable(self.fd.clone()).ok().map(Box::new);
         }
-        Writing::Ring(self.poll_add(libc::POLLOUT))
+        self.epoll.is_some()
+    }
+
+    /// Whether one of these events is there, or an error; if not, epoll wakes when something changes.
+    fn poll_epoll(&self, cx: &mut Context<'_>, events: i16) -> bool {
+        let Some(epoll) = &self.epoll else { return false };
+        while let Poll::Ready(Ok(mut edge)) = epoll.poll_write_ready(cx) {
+            edge.clear_ready();
+        }
+        poll_now(self.fd(), events).is_ok_and(|now| now != 0)
     }
 
     pub fn read_armed(&self) -> bool {
@@ -149,6 +179,10 @@ impl Sock {
         let written = self.take_up_write(cx);
         self.readable |= read;
         self.writable |= written;
+        if self.watches_reset && self.poll_epoll(cx, 0) {
+            (self.is_reset, self.watches_reset) = (true, false);
+            return true;
+        }
         read | written
     }
 
@@ -166,8 +200,8 @@ impl Sock {
         loop {
             match &mut self.writing {
                 None => return false,
-                Some(Writing::Epoll(fd)) => {
-                    let done = fd.poll_write_ready(cx).is_ready();
+                Some(Writing::Epoll) => {
+                    let done = self.poll_epoll(cx, libc::POLLOUT);
                     if done {
                         self.writing = None;
                     }
@@ -189,9 +223,10 @@ impl Sock {
 
     /// Ends what is in flight, so that dropping this closes the socket.
     pub async fn cancel(&mut self) {
-        if let Some(Writing::Epoll(_)) = self.writing {
+        if let Some(Writing::Epoll) = self.writing {
             self.writing = None;
         }
+        self.epoll = None;
         // Every operation in flight holds the descriptor, those of `RingSplice` included.
         if Rc::strong_count(&self.fd) == 1 {
             return;

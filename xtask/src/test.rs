@@ -32,7 +32,7 @@ const GUESTS_AT_ONCE: usize = 2;
 /// the command: a series comes in here once it has passed, and none leaves.
 const ENFORCED_GUESTS: &[&str] = &[];
 /// Memory of a guest: the largest test holds a thousand connections whose buffers are full.
-const GUEST_MEMORY_MIB: u32 = 3072;
+const GUEST_MEMORY_MIB: u32 = 6144;
 /// Memory of user-mode Linux. A sixteenth of it is where the kernel calls TCP's buffers too much (net.ipv4.tcp_mem), and
 /// there the tests' clients and upstreams have theirs too.
 const UML_MEMORY: &str = "8G";

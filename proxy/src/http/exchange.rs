@@ -208,6 +208,9 @@ impl Exchange {
     }
 
     fn outcome(&self) -> Option<Outcome> {
+        if self.near.downstream.client().sock.is_reset() {
+            return Some(Outcome::Ended(Ended::abort(End::ClientReset)));
+        }
         if self.near.downstream.is_blocked() {
             return None;
         }
@@ -253,6 +256,7 @@ impl Exchange {
                 && !self.upstream.writable,
             upstream_read: reads_answer && !blocked && !down_in_flight && !self.upstream.readable,
             client_write: blocked && !down_in_flight && !client.writable,
+            client_reset: near.gone.is_some(),
         }
     }
 }

@@ -81,6 +81,9 @@ impl Kernel {
     }
 
     fn over(&self) -> Option<Ended> {
+        if self.down == Down::Open && self.tls.client.sock.is_reset() {
+            return Some(Ended::abort(End::ClientReset));
+        }
         if self.down == Down::Broken && self.down_flow.is_empty() {
             return Some(Ended::abort(End::UpstreamReset));
         }
@@ -111,6 +114,7 @@ impl Kernel {
             upstream_write: !up.fills() && !up.is_in_flight() && !self.upstream.writable,
             upstream_read: self.down == Down::Open && down.fills() && !down.is_in_flight() && !self.upstream.readable,
             client_write: down_waits && !down.is_in_flight() && !self.tls.client.sock.writable,
+            client_reset: self.up != Up::Open && self.down == Down::Open,
         }
     }
 

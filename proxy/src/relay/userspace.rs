@@ -92,6 +92,9 @@ impl Userspace {
     }
 
     fn over(&self) -> Option<Ended> {
+        if self.down == Down::Open && self.tls.client.sock.is_reset() {
+            return Some(Ended::abort(End::ClientReset));
+        }
         if self.down == Down::Broken && self.tls.to_client.is_empty() {
             return Some(Ended::abort(End::UpstreamReset));
         }
@@ -105,6 +108,7 @@ impl Userspace {
             upstream_write: !self.to_upstream.is_empty() && !self.upstream.writable,
             upstream_read: self.down == Down::Open && to_client.is_empty() && !self.upstream.readable,
             client_write: !to_client.is_empty() && !client.writable,
+            client_reset: self.up != Up::Open && self.down == Down::Open,
         }
     }
 

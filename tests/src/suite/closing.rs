@@ -21,6 +21,7 @@ pub fn tests(env: &Environment) -> Vec<Test> {
     add("client_fin_without_close_notify_ends_the_download_whole_then_resets_the_upstream", truncated_client);
     add("client_fin_inside_a_record_is_a_truncation", truncated_record);
     add("client_reset_resets_the_upstream", client_reset);
+    add("a_client_that_resets_after_its_own_end_is_noticed_at_once", reset_after_end);
     add("upstream_reset_gives_the_client_no_close_notify", upstream_reset);
     add("a_tampered_record_ends_with_bad_record_mac_and_nothing_behind_it_passes", tampered);
     add("nothing_behind_close_notify_reaches_the_upstream", after_close_notify);
@@ -84,6 +85,31 @@ fn download(client: &mut Client) -> Result<Ended> {
 fn upload(client: &mut Client, from: u64, bytes: u64) -> Result<()> {
     let all = Pattern::up().bytes((from + bytes) as usize);
     client.tx.data(&all[from as usize..])
+}
+
+/// Nothing is to be read from such a client and nothing to be sent to it, and still its reset is told.
+fn reset_after_end(ctx: &Context, relay: Relay) -> Result<()> {
+    let clean = |ctx: &Context, mut client: Client, stream: Stream| {
+        client.tx.close_notify()?;
+        client.tx.fin()?;
+        let (up, end) = stream.drain(Pattern::up(), WARM_BYTES)?;
+        ensure!((up, end) == (WARM_BYTES, PeerEnd::Fin), "the upstream saw {up} bytes and {end:?}");
+        client.reset()?;
+        // An end of the upstream's would come too late.
+        thread::sleep(ctx.environment.moment() * 50);
+        Ok(())
+    };
+    let cut = |ctx: &Context, client: Client, stream: Stream| {
+        client.tx.fin()?;
+        // For the end to have been read before the reset comes.
+        thread::sleep(ctx.environment.moment() * 50);
+        client.reset()?;
+        let (_, end) = stream.drain(Pattern::up(), WARM_BYTES)?;
+        ensure!(end == PeerEnd::Reset, "the upstream saw {end:?}");
+        Ok(())
+    };
+    scenes(ctx, relay, &VERSIONS, "client_reset", clean)?;
+    scenes(ctx, relay, &VERSIONS, "client_reset", cut).map(drop)
 }
 
 fn client_closes_first(ctx: &Context, relay: Relay) -> Result<()> {
