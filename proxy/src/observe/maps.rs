@@ -211,7 +211,7 @@ impl Maps {
         table.find(names, name, limit).ok()?
     }
 
-    fn names(&self) -> io::Result<(Vec<(u32, EndpointName)>, Vec<(u32, ClassName)>)> {
+    fn names(&self) -> io::Result<(Numbered<EndpointName>, Numbered<ClassName>)> {
         let mut rows = self.rows();
         rows.endpoints.look(self.endpoint_names.as_fd(), ENDPOINTS)?;
         rows.classes.look(self.class_names.as_fd(), CLASSES)?;
@@ -223,6 +223,9 @@ impl Maps {
         self.rows.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
+
+/// Rows with their names.
+type Numbered<N> = Vec<(u32, N)>;
 
 /// A key that is stored as it is.
 trait Name: Plain + Eq + std::hash::Hash {
@@ -281,8 +284,8 @@ impl<N: Name> Table<N> {
         Ok(Some(row))
     }
 
-    fn sorted(&self) -> Vec<(u32, N)> {
-        let mut rows: Vec<(u32, N)> = self.rows.iter().map(|(name, row)| (*row, *name)).collect();
+    fn sorted(&self) -> Numbered<N> {
+        let mut rows: Numbered<N> = self.rows.iter().map(|(name, row)| (*row, *name)).collect();
         rows.sort_unstable_by_key(|(row, _)| *row);
         rows
     }

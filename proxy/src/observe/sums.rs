@@ -152,17 +152,19 @@ impl EncodeMetric for Bounded<'_> {
     }
 }
 
+/// A counter's name, its help, and where its value is.
+type Counter<S> = (&'static str, &'static str, fn(&S) -> u64);
+
 /// A peer's counts, whoever counts.
-struct Row<'a> {
+struct Row {
     name: EndpointName,
     source: &'static str,
     sums: Sums,
     /// The kernel knows more than user space does.
     has_tcp: bool,
-    _from: std::marker::PhantomData<&'a ()>,
 }
 
-impl Row<'_> {
+impl Row {
     fn labels(&self) -> [(&'static str, String); 5] {
         let EndpointName { side, listener, upstream, server } = &self.name;
         [
@@ -178,7 +180,7 @@ impl Row<'_> {
 /// Everything by listener, server and what handshakes gave.
 pub fn connections(to: &mut DescriptorEncoder<'_>, workers: &[Arc<Counters>], kernel: Option<&Reading>) -> fmt::Result {
     let rows = rows(workers, kernel);
-    let counters: [(&str, &str, fn(&Sums) -> u64); 3] = [
+    let counters: [Counter<Sums>; 3] = [
         ("tlsplice_connections_opened", "Connections established", |s| s.opened),
         ("tlsplice_connections_closed", "Connections that are over", |s| s.closed),
         ("tlsplice_connects_failed", "Connects to a server that came to nothing", |s| s.refused),
@@ -210,12 +212,11 @@ pub fn connections(to: &mut DescriptorEncoder<'_>, workers: &[Arc<Counters>], ke
     classes(to, &kernel.classes)
 }
 
-fn rows<'a>(workers: &[Arc<Counters>], kernel: Option<&Reading>) -> Vec<Row<'a>> {
-    let from = std::marker::PhantomData;
+fn rows(workers: &[Arc<Counters>], kernel: Option<&Reading>) -> Vec<Row> {
     let of_kernel = kernel.into_iter().flat_map(|reading| &reading.endpoints);
-    let mut rows: Vec<Row<'_>> = of_kernel
+    let mut rows: Vec<Row> = of_kernel
         .filter(|(name, sums)| name.side.as_str() != "other" || sums.opened > 0)
-        .map(|(name, sums)| Row { name: *name, source: "kernel", sums: *sums, has_tcp: true, _from: from })
+        .map(|(name, sums)| Row { name: *name, source: "kernel", sums: *sums, has_tcp: true })
         .collect();
     for worker in workers {
         let endpoints = worker.user_endpoints.lock().unwrap_or_else(PoisonError::into_inner);
@@ -227,11 +228,10 @@ fn rows<'a>(workers: &[Arc<Counters>], kernel: Option<&Reading>) -> Vec<Row<'a>>
     rows
 }
 
-fn add_user(rows: &mut Vec<Row<'_>>, endpoint: &Endpoint, sums: &UserSums) {
+fn add_user(rows: &mut Vec<Row>, endpoint: &Endpoint, sums: &UserSums) {
     let name = endpoint.name();
     let at = rows.iter().position(|row| row.name == name && !row.has_tcp).unwrap_or_else(|| {
-        let from = std::marker::PhantomData;
-        rows.push(Row { name, source: "user", sums: super::maps::ZERO_SUMS, has_tcp: false, _from: from });
+        rows.push(Row { name, source: "user", sums: super::maps::ZERO_SUMS, has_tcp: false });
         rows.len() - 1
     });
     let to = &mut rows[at].sums;
@@ -258,9 +258,9 @@ fn runs(to: &mut DescriptorEncoder<'_>, kernel: &Reading) -> fmt::Result {
 }
 
 /// What only the kernel sees.
-fn tcp(to: &mut DescriptorEncoder<'_>, rows: &[Row<'_>]) -> fmt::Result {
+fn tcp(to: &mut DescriptorEncoder<'_>, rows: &[Row]) -> fmt::Result {
     let rows = || rows.iter().filter(|row| row.has_tcp);
-    let counters: [(&str, &str, fn(&Sums) -> u64); 2] = [
+    let counters: [Counter<Sums>; 2] = [
         ("tlsplice_connections_reset", "Connections that ended otherwise than by both sides' FIN", |s| s.reset),
         ("tlsplice_retransmits", "Segments sent again", |s| s.retransmits),
     ];
@@ -302,7 +302,7 @@ fn tcp(to: &mut DescriptorEncoder<'_>, rows: &[Row<'_>]) -> fmt::Result {
 
 fn classes(to: &mut DescriptorEncoder<'_>, classes: &[(ClassName, ClassSums)]) -> fmt::Result {
     let used = || classes.iter().filter(|(_, sums)| sums.opened > 0);
-    let counters: [(&str, &str, fn(&ClassSums) -> u64); 3] = [
+    let counters: [Counter<ClassSums>; 3] = [
         ("tlsplice_tls_connections_opened", "Client connections, by what the handshake gave first", |s| s.opened),
         ("tlsplice_tls_connections_closed", "Client connections that are over, by what they were last", |s| s.closed),
         ("tlsplice_tls_retransmits", "Segments sent again to clients", |s| s.retransmits),
