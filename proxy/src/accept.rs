@@ -5,6 +5,7 @@
 
 use crate::config::Listener;
 use crate::connection::{Accepted, serve};
+use crate::observe::sockets::Tally;
 use crate::pipes::Share;
 use crate::ring::{NextTurn, Sock};
 use crate::sys::socket;
@@ -47,7 +48,7 @@ impl Listening {
     pub fn new(listener: Arc<Listener>, socket: OwnedFd, share: Rc<Share>) -> Rc<Self> {
         Rc::new(Self {
             listener: RefCell::new(listener),
-            sock: RefCell::new(Some(Sock::new(socket))),
+            sock: RefCell::new(Some(Sock::new(socket, Tally::default()))),
             share,
             turn: Rc::default(),
             closing: Cell::new(false),
@@ -187,7 +188,7 @@ fn admit(client: OwnedFd, peer: SocketAddr, listening: &Listening, core: &Rc<Cor
         return;
     };
     counters.accepted.add(1);
-    let accepted = Accepted {
+    let accepted = Box::new(Accepted {
         client,
         peer,
         listener: listening.listener.borrow().clone(),
@@ -195,16 +196,13 @@ fn admit(client: OwnedFd, peer: SocketAddr, listening: &Listening, core: &Rc<Cor
         turn: listening.turn.clone(),
         watch: core.clock.watch(snapshot.config.limits.handshake_timeout),
         snapshot,
-    };
-    let relay = core.relay.clone();
-    tokio_uring::spawn(async move {
-        serve(accepted, relay).await;
-        drop(place);
     });
+    let relay = core.relay.clone();
+    tokio_uring::spawn(Box::pin(serve(accepted, place, relay)));
 }
 
 /// One connection's place under `limits.connections`, given back when dropped.
-struct Place(Rc<Core>);
+pub struct Place(Rc<Core>);
 
 impl Place {
     fn take(core: Rc<Core>, limit: usize) -> Option<Self> {

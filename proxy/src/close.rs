@@ -5,7 +5,8 @@
 //!
 //! A close with unread input, or right behind the last record, is a reset that takes the end of the stream with it.
 
-use crate::relay::{ClientEnd, Ended, Link, Spare, UpstreamEnd, Worker};
+use crate::relay::userspace::Userspace;
+use crate::relay::{Client, ClientEnd, Ended, Spare, UpstreamEnd, Worker};
 use crate::ring::Sock;
 use crate::sys::ktls::{self, Received};
 use crate::sys::socket::{self, Half};
@@ -24,10 +25,30 @@ const POLL_INTERVAL: Duration = Duration::from_millis(50);
 /// Bytes discarded of a client that goes on sending, before it is cut.
 const DISCARD_BYTES: u64 = 64 << 20;
 
-/// Ends both sockets. `pending` is ciphertext that the client has not taken yet; an alert may be at its end.
-pub async fn close(link: Link, ended: Ended, pending: Spare) {
-    let Link { mut client, upstream, watch, worker, .. } = link;
-    end_upstream(upstream, ended.upstream).await;
+/// Two sockets to be closed, and how.
+pub struct Closed {
+    pub client: Client,
+    pub upstream: Option<Sock>,
+    pub ended: Ended,
+    /// Ciphertext that the client has not taken yet; an alert may be at its end.
+    pub pending: Spare,
+}
+
+impl Closed {
+    /// Of a relay that came to this end before the door.
+    pub fn of(relay: Userspace, ended: Ended) -> Self {
+        let Userspace { tls, upstream, .. } = relay;
+        Self { client: tls.client, upstream: Some(upstream), ended, pending: tls.to_client }
+    }
+}
+
+/// Ends both sockets.
+pub async fn close(closed: Closed) {
+    let Closed { client, upstream, ended, pending } = closed;
+    let Client { sock: mut client, watch, worker, .. } = client;
+    if let Some(upstream) = upstream {
+        end_upstream(upstream, ended.upstream).await;
+    }
     match ended.client {
         ClientEnd::Reset => reset(&mut client).await,
         ClientEnd::Discard => finish(&mut client, &watch, &worker, pending).await,

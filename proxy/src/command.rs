@@ -3,6 +3,7 @@
 pub mod check;
 pub mod demo;
 pub mod doctor;
+pub mod grade;
 pub mod metrics;
 pub mod run;
 pub mod top;

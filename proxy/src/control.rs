@@ -8,9 +8,12 @@ pub mod admin;
 mod drain;
 pub mod notify;
 mod reload;
+mod staples;
 pub mod start;
+pub mod upkeep;
 
 use crate::exit::Failure;
+use crate::tls::source::Source;
 use crate::worker::Worker;
 use admin::Admin;
 use notify::{State, notify};
@@ -72,6 +75,13 @@ impl Terminator {
         let mut reading: Option<JoinHandle<Result<Fresh, Failure>>> = None;
         let mut again = false;
         let mut look_after = tokio::time::interval(LOOK_AFTER_WORKERS);
+        if let Some(tickets) = self.tickets.take() {
+            tokio::spawn(tickets.run());
+        }
+        let mut looking: Option<JoinHandle<Source>> = None;
+        let mut stapling = None;
+        let mut next_staples = Box::pin(tokio::time::sleep(Duration::ZERO));
+        let mut next_look = Box::pin(tokio::time::sleep(self.next_look()));
         let reason = loop {
             tokio::select! {
                 _ = hangup.recv() => {
@@ -87,6 +97,31 @@ impl Terminator {
                     if std::mem::take(&mut again) {
                         reading = self.read_again();
                     }
+                }
+                () = &mut next_look, if self.file.is_some() => {
+                    if looking.is_some() {
+                        tracing::warn!("certificates: a look takes long, the share hangs");
+                        next_look = Box::pin(tokio::time::sleep(upkeep::SLOW_LOOK));
+                    } else {
+                        looking = Some(self.look());
+                        // If it is not back by then, that is said.
+                        next_look = Box::pin(tokio::time::sleep(upkeep::SLOW_LOOK));
+                    }
+                }
+                source = finished_of(&mut looking) => {
+                    looking = None;
+                    if let Some(source) = source {
+                        self.looked(&source);
+                    }
+                    next_look = Box::pin(tokio::time::sleep(self.next_look()));
+                }
+                () = &mut next_staples, if self.file.is_some() && stapling.is_none() => {
+                    stapling = Some(self.check_staples());
+                }
+                checked = finished_of(&mut stapling) => {
+                    stapling = None;
+                    self.checked_staples(checked.unwrap_or_default());
+                    next_staples = Box::pin(tokio::time::sleep(upkeep::jittered(self.config.tls.poll)));
                 }
                 name = signals.end() => break Err(name),
                 _ = look_after.tick() => {
@@ -147,6 +182,14 @@ impl Terminator {
 async fn finished(task: &mut Option<JoinHandle<Result<Fresh, Failure>>>) -> Result<Fresh, Failure> {
     match task {
         Some(task) => task.await.unwrap_or_else(|e| Err(Failure::Host(format!("read the configuration: {e}")))),
+        None => std::future::pending().await,
+    }
+}
+
+/// The end of a task that may not have been started; `None` if it has died.
+async fn finished_of<T>(task: &mut Option<JoinHandle<T>>) -> Option<T> {
+    match task {
+        Some(task) => task.await.ok(),
         None => std::future::pending().await,
     }
 }

@@ -48,6 +48,8 @@ pub async fn handshake(client: &mut Sock, watch: &Watch, session: Session, exact
         state.read(client, watch, wanted).await?;
         state.step(client, watch).await?;
         if state.session.is_established() {
+            // The connection keeps it, and most have nothing in it.
+            state.wire.shrink_to_fit();
             return Ok(Handshaken { session: state.session, leftover: state.wire });
         }
     }

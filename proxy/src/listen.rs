@@ -127,14 +127,14 @@ impl BindError {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::{Offload, OffloadAfter, Upstream};
+    use crate::config::{Mode, Offload, OffloadAfter, Upstream};
 
     fn listener(address: &str) -> Arc<Listener> {
         Arc::new(Listener {
             address: address.parse().expect("an address"),
             offload: Offload::Auto,
             offload_after: OffloadAfter::Auto,
-            upstream: Arc::new(Upstream { name: "app".to_owned(), servers: Vec::new() }),
+            mode: Mode::Tcp(Arc::new(Upstream { name: "app".to_owned(), servers: Vec::new() })),
         })
     }
 

@@ -5,6 +5,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use tlsplice::command;
+use tlsplice::command::grade::Target;
 use tlsplice::observe::ebpf::PINS;
 
 const CONFIG_FILE: &str = "/etc/tlsplice/tlsplice.toml";
@@ -47,8 +48,23 @@ enum Command {
         #[arg(long, value_name = "PORT", default_value_t = 8443, value_parser = clap::value_parser!(u16).range(1..))]
         port: u16,
     },
-    /// Not in this version: the A+ report, and why not
-    Grade(Later),
+    /// The A+ report, and why not, by SSL Labs' rating guide: of a configuration, or of a live host
+    Grade {
+        #[arg(long, value_name = "FILE", default_value = CONFIG_FILE)]
+        config: PathBuf,
+        /// Grade this host instead
+        #[arg(long, value_name = "HOST:PORT", conflicts_with = "config")]
+        connect: Option<String>,
+        /// The name to ask the host for
+        #[arg(long, value_name = "NAME", requires = "connect")]
+        sni: Option<String>,
+        /// Roots to trust beside this host's own (PEM)
+        #[arg(long, value_name = "FILE")]
+        ca: Vec<PathBuf>,
+        /// For machines
+        #[arg(long)]
+        json: bool,
+    },
     /// One scrape, read from the pinned eBPF maps, whether a tlsplice runs or not
     Metrics {
         /// Where they are pinned: `metrics.pins` of the configuration
@@ -88,6 +104,7 @@ Examples:
   tlsplice demo                                  see it work, then: curl -k https://127.0.0.1:8443/
   tlsplice doctor                                what this host offers, and what mends it
   tlsplice check --config tlsplice.toml          before a reload
+  tlsplice grade --connect example.com:443       what SSL Labs would say
   tlsplice metrics                               what the kernel has counted so far
   tlsplice run --config tlsplice.toml            in the foreground; SIGHUP reloads, SIGTERM drains
 
@@ -103,7 +120,13 @@ fn main() -> ExitCode {
         Command::Check { config, json } => command::check::check(&config, json),
         Command::Doctor { json } => command::doctor::doctor(json),
         Command::Demo { once, port } => command::demo::demo(port, once),
-        Command::Grade(_) => command::not_in_this_version("grade"),
+        Command::Grade { config, connect, sni, ca, json } => {
+            let target = match &connect {
+                Some(to) => Target::Host { to, sni: sni.as_deref() },
+                None => Target::Configuration(&config),
+            };
+            command::grade::grade(&target, &ca, json)
+        }
         Command::Metrics { pins, openmetrics } => command::metrics::metrics(&pins, openmetrics),
         Command::Top { config, pins, admin, once } => {
             command::top::top(&command::top::Wanted { config: &config, pins, admin, once })

@@ -1,3 +1,4 @@
+pub mod access;
 pub mod cgroup;
 pub mod counters;
 pub mod ebpf;

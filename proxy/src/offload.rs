@@ -1,22 +1,24 @@
 //! Hands a TLS session to the kernel.
 //!
-//!   Userspace ──can the kernel?──no──▶ Declined(Userspace, reason)
+//!   UserTls ──can the kernel?──no──▶ Declined(UserTls, reason)
 //!       │ yes
 //!      ULP
 //!       │      one-way door: the keys leave userspace here
 //!       ▼
-//!   TLS_TX ─▶ TLS_RX ─▶ Kernel
+//!   TLS_TX ─▶ TLS_RX ─▶ KernelTls
 //!
 //! Every reason to decline is tested above the door, because below it no session is left to fall back to: a failure
-//! there ends the connection. The relay comes here only at the boundary of a record with nothing left to send, so the
+//! there ends the connection. A client comes here only at the boundary of a record with nothing left to send, so the
 //! sequence numbers are exact. This module moves no bytes and reads no records.
 
 use crate::config::{Listener, Offload, OffloadAfter};
 use crate::observe::counters::{Decline, End};
+use crate::observe::sockets::Place;
 use crate::probe;
-use crate::relay::kernel::Kernel;
-use crate::relay::userspace::{Door, Userspace};
-use crate::relay::{Ended, Link};
+use crate::relay::kernel_tls::KernelTls;
+use crate::relay::user_tls::UserTls;
+use crate::relay::userspace::Door;
+use crate::relay::{Client, Ended};
 use crate::sys::ktls;
 use rustls::SupportedCipherSuite;
 
@@ -51,33 +53,40 @@ pub fn is_immediate(listener: &Listener, kernel: &probe::Kernel) -> bool {
     listener.offload != Offload::Off && kernel.no_ulp.is_none() && offload_after(listener) == 0
 }
 
-/// What came of an attempt. The relay that stays has its door shut.
+/// What came of an attempt.
 pub enum Offloaded {
-    Kernel(Kernel),
-    Declined(Userspace, Decline),
+    Kernel(Box<KernelTls>),
+    /// It stays where it is, and its door is shut.
+    Declined(Box<UserTls>),
     /// Below the door something failed that should not have.
-    Failed(Link, Ended),
+    Failed(Box<Client>, Ended),
 }
 
-/// Takes a relay that stands at the door through it.
-pub fn through_the_door(mut relay: Userspace) -> Offloaded {
-    relay.door = Door::Shut;
-    if relay.rekeyed && !relay.link.worker.kernel.rekey {
+/// Takes a client that stands at the door through it, and counts what came of it.
+pub fn through_the_door(tls: UserTls) -> Offloaded {
+    if tls.rekeyed && !tls.client.worker.kernel.rekey {
         // A client that has changed its keys once does so again, and this kernel could not follow.
-        return Offloaded::Declined(relay, Decline::Rekeyed);
+        return declined(tls, Decline::Rekeyed);
     }
-    if ktls::attach(relay.link.client.fd()).is_err() {
-        return Offloaded::Declined(relay, Decline::Socket);
+    if ktls::attach(tls.client.sock.fd()).is_err() {
+        return declined(tls, Decline::Socket);
     }
-    let Userspace { link, keys, to_upstream, up, down, .. } = relay;
-    match keys.into_kernel(link.client.fd()) {
+    let UserTls { client, keys, .. } = tls;
+    match keys.into_kernel(client.sock.fd()) {
         Ok(keys) => {
-            link.worker.counters.offloaded.add(1);
-            Offloaded::Kernel(Kernel::new(link, keys, to_upstream, up, down))
+            client.worker.counters.offloaded.add(1);
+            client.moved_to(Place::Kernel);
+            Offloaded::Kernel(Box::new(KernelTls::new(client, keys)))
         }
         Err((direction, e)) => {
             tracing::error!(stage = "offload", reason = %e, ?direction, "installing keys failed below the door");
-            Offloaded::Failed(link, Ended::abort(End::Internal))
+            Offloaded::Failed(Box::new(client), Ended::abort(End::Internal))
         }
     }
+}
+
+fn declined(tls: UserTls, why: Decline) -> Offloaded {
+    tls.client.worker.counters.declined(why);
+    tls.client.moved_to(Place::Declined(why));
+    Offloaded::Declined(Box::new(tls))
 }

@@ -4,23 +4,30 @@
 //!   client ────┤                                 upstream
 //!              ◀───────────── down ──────────────┘
 //!
-//! `userspace` opens and seals records itself (rustls); `kernel` splices over a TLS socket. Both are one hand-written
-//! future that holds no buffer and no pipe while nothing moves, and both keep the same rules of ending, which are here.
+//! `userspace` opens and seals records itself, by `user_tls`; `kernel` splices over a TLS socket, by `kernel_tls`. Both are
+//! one hand-written future that holds no buffer and no pipe while nothing moves, and both keep the same rules of ending,
+//! which are here. The two `_tls` are a client's plaintext, whoever protects it, and know nothing of a relay: mode "http"
+//! stands on them too.
 
-mod flow;
+pub mod flow;
 pub mod kernel;
+pub mod kernel_tls;
 mod keys;
 pub mod record;
+pub mod user_tls;
 pub mod userspace;
 
 use crate::observe::counters::{Counters, End};
+use crate::observe::live::Identity;
+use crate::observe::sockets::{Facts, Place};
 use crate::pipes::Share;
 use crate::protect::{OVERHEAD_BYTES, PLAIN_BYTES, WIRE_BYTES};
 use crate::ring::{NextTurn, Sock};
+use crate::send_room::WIDE_AFTER_BYTES;
 use crate::sys::socket::{self, VECTORS};
 use crate::watch::{Verdict, Watch};
 use std::future::Future;
-use std::io;
+use std::io::{self, IoSlice};
 use std::ops::Range;
 use std::pin::Pin;
 use std::rc::Rc;
@@ -40,18 +47,20 @@ pub const HALF_OPEN_TIMEOUT: Duration = Duration::from_secs(60);
 /// After a KeyUpdate that the kernel cannot follow, the download has ended when it was silent for this long.
 pub const NO_REKEY_QUIET: Duration = Duration::from_secs(5);
 
-/// The two sockets of a connection, and what every stage after the handshake needs.
-pub struct Link {
-    pub client: Sock,
-    pub upstream: Sock,
+/// The client's socket, and what every stage after the handshake needs.
+pub struct Client {
+    pub sock: Sock,
     pub watch: Rc<Watch>,
     pub worker: Rc<Worker>,
     pub share: Rc<Share>,
+    pub identity: Rc<Identity>,
     /// A direction has more to do when the others have had their turn.
     pub next_turn: Option<NextTurn>,
     /// Plaintext bytes handed on, up and down.
     pub moved_up: u64,
     pub moved_down: u64,
+    /// How much had moved down when the client last got room for more.
+    widened_at: u64,
 }
 
 /// What a worker lends to its connections.
@@ -61,6 +70,8 @@ pub struct Worker {
     pub splice: crate::config::SpliceMode,
     pub sockets: crate::observe::sockets::Sockets,
     pub scratch: std::cell::RefCell<Scratch>,
+    pub send_memory: Rc<crate::send_room::SendMemory>,
+    pub pool: crate::upstream::pool::Pool,
 }
 
 /// Buffers of the worker, borrowed within one turn and never across one.
@@ -189,57 +200,56 @@ pub fn timed_out(up: Up, down: Down, verdict: Verdict) -> Ended {
     Ended::abort(how)
 }
 
-/// Bytes of ours on their way out: what a send did not take.
+/// Bytes of ours on their way out: what a send did not take. A connection has several, and mostly they are empty: then
+/// each is a pointer and no more.
 #[derive(Default)]
-pub struct Spare {
+pub struct Spare(Option<Box<Unsent>>);
+
+/// Never without a byte that is still to be sent.
+#[derive(Default)]
+struct Unsent {
     bytes: Vec<u8>,
     at: usize,
 }
 
 impl Spare {
     pub fn is_empty(&self) -> bool {
-        self.at == self.bytes.len()
+        self.0.is_none()
     }
 
     /// Unsent bytes.
     pub fn len(&self) -> usize {
-        self.bytes.len() - self.at
+        self.0.as_ref().map_or(0, |unsent| unsent.bytes.len() - unsent.at)
     }
 
     pub fn push(&mut self, bytes: &[u8]) {
-        self.bytes.extend_from_slice(bytes);
+        if !bytes.is_empty() {
+            self.0.get_or_insert_default().bytes.extend_from_slice(bytes);
+        }
     }
 
     pub fn clear(&mut self) {
-        *self = Self::default();
+        self.0 = None;
     }
 
     /// Sends what is there. True when nothing is left; the memory is given back then.
     pub fn flush(&mut self, to: &mut Sock) -> io::Result<bool> {
-        while !self.is_empty() {
+        while let Some(unsent) = &mut self.0 {
             if !to.writable {
                 return Ok(false);
             }
-            let wanted = self.len();
-            let n = send(to, &self.bytes[self.at..])?;
-            self.at += n;
-            if n < wanted && !to.writable {
-                return Ok(false);
+            unsent.at += send(to, &unsent.bytes[unsent.at..])?;
+            if unsent.at == unsent.bytes.len() {
+                self.0 = None;
             }
         }
-        *self = Self::default();
         Ok(true)
     }
 
     /// Sends `bytes` after what is there already, and keeps what is not taken.
     pub fn send(&mut self, to: &mut Sock, bytes: &[u8]) -> io::Result<()> {
-        let mut at = 0;
-        if self.flush(to)? {
-            at = send(to, bytes)?;
-        }
-        if at < bytes.len() {
-            self.bytes.extend_from_slice(&bytes[at..]);
-        }
+        let at = if self.flush(to)? { send(to, bytes)? } else { 0 };
+        self.push(&bytes[at..]);
         Ok(())
     }
 }
@@ -250,17 +260,72 @@ fn send(to: &mut Sock, bytes: &[u8]) -> io::Result<usize> {
     while at < bytes.len() {
         match socket::send(to.fd(), &bytes[at..]) {
             Ok(n) => at += n,
-            Err(e) if socket::is_again(&e) => {
-                to.writable = false;
-                break;
-            }
+            Err(e) if socket::is_again(&e) && !to.is_full() => {}
+            Err(e) if socket::is_again(&e) => break,
             Err(e) => return Err(e),
         }
     }
     Ok(at)
 }
 
-impl Link {
+/// Sends pieces of what was received, and keeps in `spare` what the socket does not take.
+pub fn hand_on(to: &Sock, received: &[u8], pieces: &[Range<usize>], spare: &mut Spare) -> io::Result<()> {
+    let mut full = !spare.is_empty();
+    for now in pieces.chunks(VECTORS) {
+        let mut sent = 0;
+        if !full {
+            let mut vectors = [IoSlice::new(&[]); VECTORS];
+            for (vector, piece) in vectors.iter_mut().zip(now) {
+                *vector = IoSlice::new(&received[piece.clone()]);
+            }
+            sent = match socket::send_vectored(to.fd(), &vectors[..now.len()]) {
+                Ok(n) => n,
+                Err(e) if socket::is_again(&e) => 0,
+                Err(e) => return Err(e),
+            };
+        }
+        for piece in now {
+            let taken = sent.min(piece.len());
+            sent -= taken;
+            full |= taken < piece.len();
+            spare.push(&received[piece.start + taken..piece.end]);
+        }
+    }
+    // A short send may only mean that the socket took a part: the flush that follows finds out.
+    Ok(())
+}
+
+impl Client {
+    pub fn new(sock: Sock, watch: Rc<Watch>, worker: Rc<Worker>, share: Rc<Share>, identity: Rc<Identity>) -> Self {
+        Self { sock, watch, worker, share, identity, next_turn: None, moved_up: 0, moved_down: 0, widened_at: 0 }
+    }
+
+    /// What the handshake gave, for all who count, and where the records are protected.
+    pub fn is(&self, facts: Facts, place: Place) {
+        self.identity.is(facts, place);
+        self.worker.sockets.classify(self.sock.fd(), self.identity.listener.address, facts, place);
+    }
+
+    /// The records are protected elsewhere from now on.
+    pub fn moved_to(&self, place: Place) {
+        if let Some(facts) = self.identity.facts() {
+            self.is(facts, place);
+        }
+    }
+
+    /// Plaintext bytes handed on, up and down.
+    pub fn moved(&self) -> (u64, u64) {
+        (self.moved_up, self.moved_down)
+    }
+
+    /// Enough has moved for the kernel to take over.
+    pub fn wants_door(&self, door: userspace::Door) -> bool {
+        match door {
+            userspace::Door::Shut => false,
+            userspace::Door::After(bytes) => self.moved_up.max(self.moved_down) >= bytes,
+        }
+    }
+
     /// Waits for the connection's next turn, begun by the first call.
     pub fn poll_next_turn(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         let turn = self.next_turn.get_or_insert_default();
@@ -270,20 +335,32 @@ impl Link {
     }
 
     /// Arms what is wanted and takes up what has come: `Ready` when a direction may go on, or time is up.
-    pub fn poll_ready(&mut self, cx: &mut Context<'_>, want: Want) -> Poll<Result<(), Verdict>> {
+    pub fn poll_ready(
+        &mut self,
+        cx: &mut Context<'_>,
+        upstream: Option<&mut Sock>,
+        want: Want,
+    ) -> Poll<Result<(), Verdict>> {
         if want.client_read {
-            self.client.arm_read();
+            self.sock.arm_read();
         }
         if want.client_write {
-            self.client.arm_write();
+            self.sock.arm_write();
         }
-        if want.upstream_read {
-            self.upstream.arm_read();
+        let mut ready = self.sock.take_up(cx);
+        if let Some(upstream) = upstream {
+            if want.upstream_read {
+                upstream.arm_read();
+            }
+            if want.upstream_write {
+                upstream.arm_write();
+            }
+            ready |= upstream.take_up(cx);
         }
-        if want.upstream_write {
-            self.upstream.arm_write();
+        if self.moved_down - self.widened_at >= WIDE_AFTER_BYTES {
+            self.widened_at = self.moved_down;
+            self.sock.widen();
         }
-        let ready = self.client.take_up(cx) | self.upstream.take_up(cx);
         if let Some(verdict) = self.watch.verdict() {
             return Poll::Ready(Err(verdict));
         }

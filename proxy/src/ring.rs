@@ -5,6 +5,8 @@
 //! An operation in flight holds the socket open, and dropping its future cancels nothing: so a `Sock` is cancelled
 //! before it is dropped, or the descriptor outlives the connection.
 
+use crate::observe::sockets::Tally;
+use crate::send_room::{Room, SendMemory};
 use crate::sys::pipe::Pipe;
 use crate::sys::socket::watch_writable;
 use io_uring::squeue::Flags;
@@ -47,6 +49,10 @@ pub struct Sock {
     pub readable: bool,
     /// A write may take something. Cleared by whoever saw EAGAIN.
     pub writable: bool,
+    /// A client's: where more room in the send queue comes from, and what it has of it.
+    room: Option<Box<Room>>,
+    /// Counts it where the kernel does not.
+    pub tally: Tally,
 }
 
 /// How a wake-up for writing comes.
@@ -59,8 +65,41 @@ enum Writing {
 }
 
 impl Sock {
-    pub fn new(fd: OwnedFd) -> Self {
-        Self { fd: Rc::new(fd), reading: None, writing: None, half_closed: false, readable: true, writable: true }
+    pub fn new(fd: OwnedFd, tally: Tally) -> Self {
+        Self {
+            fd: Rc::new(fd),
+            reading: None,
+            writing: None,
+            half_closed: false,
+            readable: true,
+            writable: true,
+            room: None,
+            tally,
+        }
+    }
+
+    /// Lets the send queue of this client, and what it receives from the upstream, grow out of a budget.
+    pub fn draw_on(&mut self, memory: Rc<SendMemory>, upstream: &Self) {
+        match &mut self.room {
+            Some(room) => room.follow(&upstream.fd),
+            None => self.room = Some(Box::new(Room::new(memory, &self.fd, &upstream.fd))),
+        }
+    }
+
+    /// Takes up an EAGAIN of a write: true when there is room now and it is worth trying again.
+    pub fn is_full(&mut self) -> bool {
+        self.writable = self.widen();
+        !self.writable
+    }
+
+    /// True when there is more room now than there was.
+    pub fn widen(&mut self) -> bool {
+        self.room.as_mut().is_some_and(|room| room.widen(&self.fd))
+    }
+
+    /// The send queue may be long: this client has read much.
+    pub fn is_wide(&self) -> bool {
+        self.room.as_ref().is_some_and(|room| room.is_wide())
     }
 
     /// The descriptor for as long as the socket is open, for those who look on.

@@ -8,12 +8,13 @@
 
 use crate::observe::sockets::{Facts, ServerName};
 use crate::protect::{WIRE_BYTES, record_bytes};
+use crate::tls::hello::{Gate, Judgement, Refusal};
+use crate::tls::policy::Negotiation;
 use crate::tls::resolver;
 use rustls::kernel::KernelConnection;
 use rustls::server::{ServerConnectionData, UnbufferedServerConnection};
 use rustls::unbuffered::{ConnectionState, EncodeError, EncodeTlsData, UnbufferedStatus};
-use rustls::{Error, ExtractedSecrets, HandshakeKind, ServerConfig};
-use std::sync::Arc;
+use rustls::{Error, ExtractedSecrets, HandshakeKind};
 
 /// See the module.
 pub struct Session {
@@ -21,6 +22,8 @@ pub struct Session {
     established: bool,
     /// Bytes at the front of the next `wire` that rustls has seen already: a handshake message in pieces.
     presented: usize,
+    /// Until the ClientHello has been looked at.
+    gate: Option<Gate>,
     /// The certificate's name that the client has asked for.
     name: ServerName,
 }
@@ -35,13 +38,10 @@ pub struct Fed {
 }
 
 impl Session {
-    pub fn new(config: Arc<ServerConfig>) -> Result<Self, Error> {
-        Ok(Self {
-            tls: Box::new(UnbufferedServerConnection::new(config)?),
-            established: false,
-            presented: 0,
-            name: ServerName::NONE,
-        })
+    pub fn new(by: Negotiation) -> Result<Self, Error> {
+        let Negotiation { config, strict } = by;
+        let tls = Box::new(UnbufferedServerConnection::new(config)?);
+        Ok(Self { tls, established: false, presented: 0, gate: Some(Gate::new(strict)), name: ServerName::NONE })
     }
 
     /// The handshake is complete, both Finished are in.
@@ -77,6 +77,11 @@ impl Session {
                 break;
             }
             upto += len;
+            if let Some((why, alert)) = self.refused_at_the_gate(&wire[..upto]) {
+                out.extend_from_slice(&alert);
+                fed.error = Some(Error::General(why.to_string()));
+                break;
+            }
             self.process(&mut wire[..upto], &mut fed, out);
             if fed.error.is_some() || self.established {
                 break;
@@ -84,6 +89,18 @@ impl Session {
         }
         self.presented = upto - fed.consumed.min(upto);
         fed
+    }
+
+    /// rustls does not know the fallback signal and lacks two alerts, so the ClientHello is read before.
+    fn refused_at_the_gate(&mut self, wire: &[u8]) -> Option<(Refusal, [u8; 7])> {
+        match self.gate.as_ref()?.judge(wire) {
+            Judgement::Incomplete => None,
+            Judgement::Passes => {
+                self.gate = None;
+                None
+            }
+            Judgement::Refused { why, alert } => Some((why, alert)),
+        }
     }
 
     fn process(&mut self, wire: &mut [u8], fed: &mut Fed, out: &mut Vec<u8>) {

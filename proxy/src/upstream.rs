@@ -1,3 +1,4 @@
 //! The servers behind us.
 
 pub mod connect;
+pub mod pool;

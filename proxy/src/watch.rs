@@ -28,7 +28,7 @@ pub struct Watch {
     verdict: Cell<Option<Verdict>>,
     waker: RefCell<Option<Waker>>,
     /// Where the clock keeps it.
-    slot: Cell<usize>,
+    slot: Cell<u32>,
 }
 
 impl Watch {
@@ -53,6 +53,11 @@ impl Watch {
 
     pub fn verdict(&self) -> Option<Verdict> {
         self.verdict.get()
+    }
+
+    /// The process drains: who waits for something new to begin need not.
+    pub fn is_draining(&self) -> bool {
+        self.clock.draining.get()
     }
 
     /// Wakes this task when there is a verdict.
@@ -80,7 +85,7 @@ impl Watch {
 
 impl Drop for Watch {
     fn drop(&mut self) {
-        self.clock.remove(self.slot.get());
+        self.clock.remove(self.slot.get() as usize);
     }
 }
 
@@ -89,6 +94,7 @@ pub struct Clock {
     started: Instant,
     now_ms: Cell<u64>,
     slots: RefCell<Slots>,
+    draining: Cell<bool>,
     cut: Cell<bool>,
 }
 
@@ -104,6 +110,7 @@ impl Clock {
             started: Instant::now(),
             now_ms: Cell::new(0),
             slots: RefCell::default(),
+            draining: Cell::new(false),
             cut: Cell::new(false),
         })
     }
@@ -126,7 +133,8 @@ impl Clock {
             }
         };
         slots.watches[slot] = Some(Rc::downgrade(&watch));
-        watch.slot.set(slot);
+        // Far more connections than descriptors.
+        watch.slot.set(u32::try_from(slot).expect("fewer than 2^32 connections"));
         watch.allow(time);
         watch
     }
@@ -146,6 +154,12 @@ impl Clock {
                 watch.pronounce(Verdict::TimedOut);
             }
         });
+    }
+
+    /// Tells every connection that the process drains.
+    pub fn drain(&self) {
+        self.draining.set(true);
+        self.each(|watch| watch.waker.borrow_mut().take().into_iter().for_each(Waker::wake));
     }
 
     /// Ends every connection, those to come included.

@@ -12,6 +12,9 @@ use crate::observe::sockets::Sockets;
 use crate::pipes::{Pipes, Share};
 use crate::probe::Kernel;
 use crate::relay::{self, Scratch};
+use crate::send_room::SendMemory;
+use crate::tls::policy::Negotiation;
+use crate::upstream::pool::Pool;
 use crate::watch::{Clock, TICK_MS};
 use std::cell::{Cell, RefCell};
 use std::io;
@@ -34,7 +37,18 @@ const CUT_GRACE: Duration = Duration::from_millis(500);
 #[derive(Clone)]
 pub struct Snapshot {
     pub config: Arc<Config>,
-    pub tls: Arc<rustls::ServerConfig>,
+    pub tls: Negotiation,
+    /// The same for listeners of mode http: they speak HTTP/1.1, whatever other listeners offer.
+    pub http_tls: Negotiation,
+}
+
+impl Snapshot {
+    pub fn new(config: Arc<Config>, tls: Negotiation) -> Self {
+        let mut http = rustls::ServerConfig::clone(&tls.config);
+        http.alpn_protocols = vec![b"http/1.1".to_vec()];
+        let http_tls = Negotiation { config: Arc::new(http), strict: tls.strict.clone() };
+        Self { config, tls, http_tls }
+    }
 }
 
 /// A bound, listening socket (SO_REUSEPORT, non-blocking) of one worker.
@@ -134,6 +148,8 @@ impl Core {
                 kernel,
                 splice: snapshot.config.server.splice,
                 scratch: RefCell::new(Scratch::new()),
+                send_memory: SendMemory::new(send_cap(&snapshot.config)),
+                pool: Pool::default(),
             }),
             clock: Clock::new(),
             pipes,
@@ -147,6 +163,10 @@ impl Core {
         let config = &self.snapshot.borrow().config;
         pipe_cap(config) / config.listeners.len().max(1)
     }
+}
+
+fn send_cap(config: &Config) -> usize {
+    config.limits.send_memory_bytes / config.server.workers.get()
 }
 
 fn pipe_cap(config: &Config) -> usize {
@@ -185,6 +205,8 @@ async fn tick(core: Rc<Core>) {
     loop {
         interval.tick().await;
         core.clock.tick();
+        core.relay.send_memory.tick();
+        core.relay.pool.sweep();
     }
 }
 
@@ -201,6 +223,7 @@ fn start(core: &Rc<Core>, listeners: &mut Vec<(SocketAddr, Rc<Listening>)>, open
 fn reload(core: &Rc<Core>, listeners: &mut Vec<(SocketAddr, Rc<Listening>)>, open: Vec<Bound>) {
     let config = core.snapshot.borrow().config.clone();
     core.pipes.set_cap(pipe_cap(&config));
+    core.relay.send_memory.set_cap(send_cap(&config));
     listeners.retain(|(address, listening)| {
         let kept = config.listeners.iter().find(|l| l.address == *address);
         match kept {
@@ -218,6 +241,7 @@ fn reload(core: &Rc<Core>, listeners: &mut Vec<(SocketAddr, Rc<Listening>)>, ope
 }
 
 async fn drain(core: &Rc<Core>, listeners: Vec<(SocketAddr, Rc<Listening>)>, deadline: Instant) {
+    core.clock.drain();
     let retiring: Vec<_> = listeners.into_iter().map(|(_, l)| tokio_uring::spawn(retire(l))).collect();
     for one in retiring {
         let _ = one.await;

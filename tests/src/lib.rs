@@ -8,6 +8,7 @@
 //! moves bytes of a known pattern through it, and has the proxy's own counts, the kernel's counts, its descriptors, its
 //! log and its exit status checked when it stops it (`Proxy::finish`).
 
+pub mod authority;
 pub mod certificate;
 pub mod client;
 pub mod counted;
@@ -20,4 +21,5 @@ pub mod proxy;
 pub mod run;
 pub mod scrape;
 pub mod suite;
+pub mod talk;
 pub mod upstream;

@@ -17,6 +17,7 @@ use std::time::{Duration, Instant};
 #[derive(Debug, Clone)]
 pub struct Listener {
     pub address: SocketAddr,
+    pub mode: &'static str,
     pub offload: &'static str,
     /// Plaintext bytes before the door.
     pub offload_after: u64,
@@ -33,6 +34,10 @@ pub struct Settings {
     /// Lines of `[server]`, `[limits]` and `[tls]` beside the harness's own.
     pub server: Vec<String>,
     pub limits: Vec<String>,
+    pub http: Vec<String>,
+    /// The whole of `[log]`.
+    pub log: Vec<String>,
+    pub tls: Vec<String>,
     pub certificates: Vec<PathBuf>,
     /// Lines of `[metrics]`. Counts in the kernel outlive a tlsplice, so tests of other things go without.
     pub metrics: Vec<String>,
@@ -47,6 +52,10 @@ impl Settings {
             listeners: Vec::new(),
             server: vec!["drain_timeout = \"20s\"".into()],
             limits: Vec::new(),
+            // Short, so that a tlsplice that stops has no descriptor left.
+            http: vec!["upstream_idle = \"1s\"".into()],
+            log: Vec::new(),
+            tls: Vec::new(),
             certificates: vec![ecdsa.chain.clone(), ecdsa.key.clone()],
             metrics: vec!["kernel = \"off\"".into()],
         })
@@ -56,12 +65,32 @@ impl Settings {
     pub fn listen(mut self, offload_after: u64, server: &str) -> Result<Self> {
         let offload = if self.relay.offloads() { "require" } else { "off" };
         let address = loopback(process::free_port()?);
-        self.listeners.push(Listener { address, offload, offload_after, server: server.to_owned() });
+        self.listeners.push(Listener { address, mode: "tcp", offload, offload_after, server: server.to_owned() });
         Ok(self)
+    }
+
+    /// Every listener so far is one of this mode.
+    pub fn mode(mut self, mode: &'static str) -> Self {
+        self.listeners.iter_mut().for_each(|listener| listener.mode = mode);
+        self
+    }
+
+    /// A line of `[http]`, instead of one with the same key.
+    pub fn http(mut self, line: &str) -> Self {
+        let key = line.split('=').next().unwrap_or_default();
+        self.http.retain(|l| !l.starts_with(key));
+        self.http.push(line.to_owned());
+        self
     }
 
     pub fn limit(mut self, line: &str) -> Self {
         self.limits.push(line.to_owned());
+        self
+    }
+
+    /// A line of `[tls]`.
+    pub fn tls(mut self, line: &str) -> Self {
+        self.tls.push(line.to_owned());
         self
     }
 
@@ -83,15 +112,25 @@ impl Settings {
             }
         };
         lines(&self.server);
-        lines(&["[tls]".into(), format!("certificates = [{}]", files.join(", ")), "[limits]".into()]);
+        lines(&["[tls]".into(), format!("certificates = [{}]", files.join(", "))]);
+        lines(&self.tls);
+        lines(&["[limits]".into()]);
         lines(&self.limits);
+        lines(&["[http]".into()]);
+        lines(&self.http);
+        lines(&["[log]".into()]);
+        lines(&self.log);
         lines(&["[metrics]".into()]);
         lines(&self.metrics);
         for (index, listener) in self.listeners.iter().enumerate() {
-            let Listener { address, offload, offload_after, server } = listener;
+            let Listener { address, mode, offload, offload_after, server } = listener;
+            if *mode == "redirect" {
+                let _ = write!(text, "[[listener]]\naddress = \"{address}\"\nmode = \"redirect\"\n");
+                continue;
+            }
             let _ = write!(
                 text,
-                "[[listener]]\naddress = \"{address}\"\nmode = \"tcp\"\noffload = \"{offload}\"\noffload_after = {offload_after}\n\
+                "[[listener]]\naddress = \"{address}\"\nmode = \"{mode}\"\noffload = \"{offload}\"\noffload_after = {offload_after}\n\
                  upstream = \"u{index}\"\n[[upstream]]\nname = \"u{index}\"\nservers = [{server:?}]\n"
             );
         }

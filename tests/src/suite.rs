@@ -1,12 +1,19 @@
 //! All tests, by topic, and the list of those that may be skipped, with the kernels where they may.
 
 pub mod bulk;
+pub mod certificates;
 pub mod closing;
 pub mod commands;
 pub mod door;
 pub mod drain;
 pub mod faults;
 pub mod first_request;
+pub mod grading;
+pub mod http_bodies;
+pub mod http_hostile;
+pub mod http_programs;
+pub mod http_requests;
+pub mod http_smuggling;
 pub mod idle;
 pub mod java;
 pub mod kernel_metrics;
@@ -14,13 +21,16 @@ pub mod key_update;
 pub mod limits;
 pub mod nonces;
 pub mod peers;
+pub mod policy;
 pub mod privileges;
 pub mod programs;
 pub mod prometheus;
 pub mod real_clients;
 pub mod reload;
+pub mod resumption;
 pub mod slow_readers;
 pub mod stalled_readers;
+pub mod stapling;
 pub mod trickle;
 
 use crate::environment::{Environment, Kernel};
@@ -43,6 +53,11 @@ pub fn tests(env: &Environment) -> Vec<Test> {
     tests.extend(nonces::tests(env));
     tests.extend(trickle::tests(env));
     tests.extend(reload::tests(env));
+    tests.extend(policy::tests(env));
+    tests.extend(resumption::tests(env));
+    tests.extend(certificates::tests(env));
+    tests.extend(stapling::tests(env));
+    tests.extend(grading::tests(env));
     tests.extend(drain::tests(env));
     tests.extend(privileges::tests(env));
     tests.extend(commands::tests(env));
@@ -50,6 +65,11 @@ pub fn tests(env: &Environment) -> Vec<Test> {
     tests.extend(prometheus::tests(env));
     tests.extend(stalled_readers::tests(env));
     tests.extend(idle::tests(env));
+    tests.extend(http_requests::tests(env));
+    tests.extend(http_smuggling::tests(env));
+    tests.extend(http_hostile::tests(env));
+    tests.extend(http_bodies::tests(env));
+    tests.extend(http_programs::tests(env));
     tests
 }
 

@@ -109,12 +109,27 @@ impl Archive {
         let kept = cache::folder("apt")?.join(format!("packages-{}", cache::fingerprint(&[label.as_bytes()])));
         fs::create_dir_all(&kept).with_context(|| format!("create {}", kept.display()))?;
         self.download(packages, label, &kept)?;
-        fs::create_dir_all(into).with_context(|| format!("create {}", into.display()))?;
-        for file in fs::read_dir(&kept).with_context(|| format!("read {}", kept.display()))?.flatten() {
-            if file.path().extension().is_some_and(|e| e == "deb") {
-                process::output(Command::new("dpkg-deb").arg("--extract").arg(file.path()).arg(into))?;
-            }
+        unpack_all(&kept, into)?;
+        cache::remove(&kept)
+    }
+
+    /// Downloads packages with everything that they depend on, as if nothing were installed, and unpacks all of it.
+    pub fn unpack_whole(&self, packages: &[String], label: &str, into: &Path) -> Result<()> {
+        let kept = cache::folder("apt")?.join(format!("packages-{}", cache::fingerprint(&[label.as_bytes()])));
+        fs::create_dir_all(kept.join("partial")).with_context(|| format!("create {}", kept.display()))?;
+        let nothing = kept.join("nothing-installed");
+        fs::write(&nothing, b"").with_context(|| format!("write {}", nothing.display()))?;
+        let progress = Progress::new(format!("{label}: downloading"), 0, "");
+        let option = |key: &str, value: &Path| [OsString::from("-o"), [key, "="].concat().into(), value.into()];
+        let mut apt = self.apt("apt-get");
+        for [flag, mut key, value] in [option("Dir::State::status", &nothing), option("Dir::Cache::archives", &kept)] {
+            key.push(value);
+            apt.args([flag, key]);
         }
+        apt.args(["install", "--yes", "-qq", "--download-only", "--no-install-recommends"]).args(packages);
+        process::output(&mut apt)?;
+        unpack_all(&kept, into)?;
+        progress.finish();
         cache::remove(&kept)
     }
 
@@ -142,6 +157,16 @@ impl Archive {
         progress.finish();
         Ok(())
     }
+}
+
+fn unpack_all(packages: &Path, into: &Path) -> Result<()> {
+    fs::create_dir_all(into).with_context(|| format!("create {}", into.display()))?;
+    for file in fs::read_dir(packages).with_context(|| format!("read {}", packages.display()))?.flatten() {
+        if file.path().extension().is_some_and(|e| e == "deb") {
+            process::output(Command::new("dpkg-deb").arg("--extract").arg(file.path()).arg(into))?;
+        }
+    }
+    Ok(())
 }
 
 fn bytes_in(folder: &Path) -> u64 {

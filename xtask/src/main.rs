@@ -1,6 +1,7 @@
 //! Builds, tests and demonstrates tlsplice. Each command is a file of its own; what they share lies beside them.
 
 mod apt;
+mod bench;
 mod bzimage;
 mod cache;
 mod ci;
@@ -8,6 +9,8 @@ mod demo;
 mod ebpf;
 mod first_process;
 mod image;
+mod insn;
+mod judges;
 mod kernels;
 mod peers;
 mod process;
@@ -42,6 +45,8 @@ struct Cli {
 enum Task {
     Setup(setup::Options),
     Demo(demo::Options),
+    Bench(bench::Options),
+    Insn(insn::Options),
     Test(test::Options),
     Vm(vm::Options),
     Uml(uml::Options),
@@ -62,6 +67,8 @@ fn perform(task: Task) -> Result<i32> {
     match task {
         Task::Setup(options) => setup::command(&options),
         Task::Demo(options) => demo::command(&options),
+        Task::Bench(options) => bench::command(&options),
+        Task::Insn(options) => insn::command(&options),
         Task::Test(options) => test::command(&options),
         Task::Vm(options) => vm::command(&options),
         Task::Uml(options) => uml::command(&options),

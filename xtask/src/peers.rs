@@ -2,11 +2,15 @@
 //! services.
 //!
 //! Their packages are unpacked into the cache instead. A machine that has nginx with its stream module anyway uses that.
+//!
+//! The bench measures against the newest that Debian has: those come from sid with every library they need, down to the
+//! dynamic loader, so that they run on any machine and know the same groups and ciphers everywhere.
 
 use crate::apt::Archive;
 use crate::{cache, process, setup};
 use anyhow::{Context, Result, bail};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 /// The stream module, inside the folder of modules.
 pub const STREAM_MODULE: &str = "ngx_stream_module.so";
@@ -34,6 +38,45 @@ pub fn nginx() -> Result<Nginx> {
         bail!("{} does not hold nginx and its stream module: remove that folder and try again", place.display());
     }
     Ok(nginx)
+}
+
+/// Terminators that tlsplice is measured against.
+const MEASURED: [&str; 4] = ["nginx", "libnginx-mod-stream", "haproxy", "hitch"];
+const NEWEST_SUITE: &str = "sid";
+/// When the newest are fetched again.
+const NEWEST_FRESH: Duration = Duration::from_secs(30 * 24 * 3600);
+
+/// A folder with the newest nginx, HAProxy and hitch, and all that they need to run.
+pub fn newest() -> Result<PathBuf> {
+    let place = cache::folder("peers")?.join("newest");
+    let stamp = cache::folder("peers")?.join("newest.fetched");
+    let whole = || place.join("usr/sbin/hitch").exists();
+    if whole() && cache::is_fresh(&stamp, NEWEST_FRESH) {
+        return Ok(place);
+    }
+    let _lock = cache::lock("newest-peers")?;
+    if whole() && cache::is_fresh(&stamp, NEWEST_FRESH) {
+        return Ok(place);
+    }
+    let fetched = fetch_newest(&place);
+    match fetched {
+        Ok(()) => cache::write(&stamp, b"")?,
+        Err(error) if whole() => eprintln!("warning: {error:#}\n(going on with older peers)"),
+        Err(error) => return Err(error.context("fetch the terminators to measure against")),
+    }
+    Ok(place)
+}
+
+fn fetch_newest(place: &Path) -> Result<()> {
+    let aside = cache::aside(place);
+    cache::remove(&aside)?;
+    let packages = MEASURED.map(String::from);
+    Archive::suite(NEWEST_SUITE)?.unpack_whole(
+        &packages,
+        "peers to measure against (unpacked, not installed)",
+        &aside,
+    )?;
+    cache::put_in_place(&aside, place)
 }
 
 /// The folder that Prometheus and promtool are in.

@@ -28,7 +28,19 @@ pub struct Guest {
     pub memory_mib: u32,
     pub cpus: u32,
     pub limit: Duration,
+    /// Its instructions are counted, by this plugin.
+    pub counted: Option<Counted>,
 }
+
+/// How instructions are counted: what the plugin is and where it writes its marks.
+#[derive(Clone, Debug)]
+pub struct Counted {
+    pub plugin: PathBuf,
+    pub marks: PathBuf,
+}
+
+/// Amazon Linux does not clear pages when they are allocated, Debian does: that would be half of what a relay costs.
+const COUNTED_ARGUMENTS: &str = " init_on_alloc=0";
 
 /// How it ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,7 +57,20 @@ impl Guest {
     /// Runs it to its end and hands over the command's output line by line.
     pub fn run(&self, on_line: impl FnMut(&str)) -> Result<GuestEnded> {
         let mut qemu = process::bound_to_us(PROGRAM);
-        qemu.args(["-M", "q35", "-accel", "tcg,thread=multi", "-cpu", "max"]);
+        let mut kernel_arguments = KERNEL_ARGUMENTS.to_owned();
+        qemu.args(["-M", "q35"]);
+        if let Some(counted) = &self.counted {
+            // Counted time makes runs repeat; without ERMS the kernel copies by instructions that can be counted.
+            qemu.args(["-accel", "tcg,thread=single", "-icount", "shift=0,sleep=off", "-cpu", "max,-erms", "-plugin"]);
+            let mut plugin = std::ffi::OsString::from("file=");
+            plugin.push(&counted.plugin);
+            plugin.push(",out=");
+            plugin.push(&counted.marks);
+            qemu.arg(plugin);
+            kernel_arguments.push_str(COUNTED_ARGUMENTS);
+        } else {
+            qemu.args(["-accel", "tcg,thread=multi", "-cpu", "max"]);
+        }
         qemu.args(["-smp", &self.cpus.to_string(), "-m", &self.memory_mib.to_string()]);
         qemu.args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]);
         qemu.args(["-device", "isa-debug-exit,iobase=0xf4,iosize=0x01"]);
@@ -55,7 +80,7 @@ impl Guest {
             file
         });
         qemu.args(["-serial", "chardev:console", "-serial", "stdio"]);
-        qemu.arg("-kernel").arg(&self.kernel).arg("-initrd").arg(&self.image).args(["-append", KERNEL_ARGUMENTS]);
+        qemu.arg("-kernel").arg(&self.kernel).arg("-initrd").arg(&self.image).args(["-append", &kernel_arguments]);
         match process::watch(&mut qemu, self.limit, on_line)? {
             Ended::TimedOut => Ok(GuestEnded::TimedOut),
             Ended::Exited(status) => Ok(meaning(status.code())),

@@ -28,6 +28,8 @@ const OPENSSL: &str = "[req]\ndistinguished_name = name\n[name]\n";
 pub struct Contents {
     /// Place in the guest, file of the host's; libraries come along.
     pub programs: Vec<(PathBuf, PathBuf)>,
+    /// The same, as they are.
+    pub files: Vec<(PathBuf, PathBuf)>,
     pub env: Vec<(OsString, OsString)>,
     pub command: Vec<OsString>,
 }
@@ -36,6 +38,9 @@ pub struct Contents {
 pub fn write(kernel: &Kernel, contents: &Contents, path: &Path) -> Result<()> {
     let mut image = Image::new();
     image.file("/init", &first_process::obtain()?)?;
+    for (place, file) in &contents.files {
+        image.file(place, file)?;
+    }
     let mut modules = Vec::new();
     for (number, (name, content)) in (0..).zip(kernel.modules()?) {
         let place = PathBuf::from(format!("/usr/lib/modules/{number:02}-{name}"));

@@ -2,7 +2,7 @@
 //!
 //! Every command asks for the groups that it needs. Where all is there nothing is started: the check looks for files.
 
-use crate::{cache, ebpf, first_process, peers, process};
+use crate::{cache, ebpf, first_process, judges, peers, process};
 use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
 use std::path::{Path, PathBuf};
@@ -52,7 +52,7 @@ const fn need(group: Group, program: &'static str, apt: &'static str, dnf: &'sta
     Need { group, present: Present::Program(program), apt, dnf, why }
 }
 
-const NEEDS: [Need; 22] = [
+const NEEDS: [Need; 29] = [
     need(Group::Build, "cc", "gcc libc6-dev", "gcc", "compiles the cryptography (aws-lc) and links"),
     Need {
         group: Group::Build,
@@ -83,7 +83,23 @@ const NEEDS: [Need; 22] = [
     need(Group::Uml, "taskset", "util-linux", "util-linux", "holds user-mode Linux to one CPU"),
     need(Group::Peers, "openssl", "openssl", "openssl", "is a client that the tests use"),
     need(Group::Peers, "curl", "curl", "curl-minimal", "is a client that the tests use"),
+    need(Group::Peers, "wrk", "wrk", "wrk", "is a client that the tests use"),
+    need(Group::Peers, "h2load", "nghttp2-client", "nghttp2", "is a client that the tests use"),
+    Need {
+        group: Group::Peers,
+        present: Present::AnyFile(&[
+            "/usr/lib/python3/dist-packages/websockets/__init__.py",
+            "/usr/lib64/python3/site-packages/websockets/__init__.py",
+        ]),
+        apt: "python3-websockets",
+        dnf: "python3-websockets",
+        why: "is a WebSocket client and server that the tests use",
+    },
     need(Group::Peers, "gnutls-cli", "gnutls-bin", "gnutls-utils", "is a client that the tests use"),
+    need(Group::Peers, "hexdump", "bsdextrautils", "util-linux", "is what testssl.sh reads bytes with"),
+    need(Group::Peers, "dig", "bind9-dnsutils", "bind-utils", "is what testssl.sh looks names up with"),
+    need(Group::Peers, "ps", "procps", "procps-ng", "is what testssl.sh looks after its children with"),
+    need(Group::Peers, "python3", "python3-venv python3-pip", "python3-pip", "runs sslyze"),
     need(
         Group::Peers,
         "javac",
@@ -125,6 +141,7 @@ pub fn make_sure(groups: &[Group]) -> Result<()> {
     }
     if groups.contains(&Group::Peers) {
         peers::nginx()?;
+        judges::variables()?;
         peers::prometheus()?;
     }
     if groups.contains(&Group::Lint) {

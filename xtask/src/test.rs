@@ -12,7 +12,7 @@ use crate::progress;
 use crate::setup::{self, Group};
 use crate::suite::{self, Binaries, Exit, Listener, Offload, Report, Workplace};
 use crate::table::{Row, conclude};
-use crate::{first_process, peers, uml, uml_build, vm};
+use crate::{first_process, judges, peers, uml, uml_build, vm};
 use anyhow::{Context, Result, anyhow};
 use clap::Args;
 use std::ffi::OsString;
@@ -25,7 +25,7 @@ use std::time::{Duration, Instant};
 /// Seconds that one kernel's run may take: several times what it takes on two cores.
 const RUN_LIMIT: Duration = Duration::from_secs(1800);
 /// The same for a guest, of which there are four: two turns of two.
-const GUEST_LIMIT: Duration = Duration::from_secs(900);
+const GUEST_LIMIT: Duration = Duration::from_secs(1500);
 /// Guests that run at once: each has two virtual processors, and a test does not assert times that this would spoil.
 const GUESTS_AT_ONCE: usize = 2;
 /// Series whose runs have been clean from end to end. The others run and are shown, failures and all, but do not fail
@@ -33,6 +33,9 @@ const GUESTS_AT_ONCE: usize = 2;
 const ENFORCED_GUESTS: &[&str] = &[];
 /// Memory of a guest: the largest test holds a thousand connections whose buffers are full.
 const GUEST_MEMORY_MIB: u32 = 3072;
+/// Memory of user-mode Linux. A sixteenth of it is where the kernel calls TCP's buffers too much (net.ipv4.tcp_mem), and
+/// there the tests' clients and upstreams have theirs too.
+const UML_MEMORY: &str = "8G";
 
 /// Run all tests: on this host, in user-mode Linux, in guests.
 #[derive(Args, Clone, Debug)]
@@ -186,7 +189,7 @@ fn on_host(binaries: &Binaries, arguments: &[OsString], work: &Workplace) -> Res
     let mut command = process::bound_to_us(&binaries.suite);
     command.args(arguments);
     command.envs(suite::environment("host", offload, &binaries.tlsplice, &work.folder("host")?));
-    command.envs(nginx_variables()?);
+    command.envs(peers_variables()?);
     let exit = match process::watch(&mut command, RUN_LIMIT, |line| listener.take(line))? {
         Ended::Exited(status) => match status.code() {
             Some(code) => Exit::Status(code),
@@ -203,11 +206,11 @@ fn in_user_mode(linux: PathBuf, binaries: &Binaries, arguments: &[OsString], wor
     let mut env: Vec<(OsString, OsString)> =
         std::env::var_os("HOME").map(|home| ("HOME".into(), home)).into_iter().collect();
     env.extend(own_variables());
-    env.extend(nginx_variables()?);
+    env.extend(peers_variables()?);
     env.extend(suite::environment("uml", Offload::Require, &binaries.tlsplice, &work.folder("uml")?));
     let mut command = vec![binaries.suite.clone().into_os_string()];
     command.extend_from_slice(arguments);
-    let machine = uml::Machine { linux, mem: "4G".into(), cpu: "auto".into() };
+    let machine = uml::Machine { linux, mem: UML_MEMORY.into(), cpu: "auto".into() };
     let exit = match machine.watch(env, command, RUN_LIMIT, |line| listener.take(line)) {
         Ok(Some(status)) => Exit::Status(status),
         Ok(None) => Exit::Trouble(format!("it was not done after {} s", RUN_LIMIT.as_secs())),
@@ -247,16 +250,18 @@ pub fn own_variables() -> impl Iterator<Item = (OsString, OsString)> {
     std::env::vars_os().filter(|(name, _)| name.as_encoded_bytes().starts_with(b"TLSPLICE_"))
 }
 
-/// nginx for tests on this machine's files: by name in PATH, and where its modules are.
-fn nginx_variables() -> Result<Vec<(OsString, OsString)>> {
+/// nginx for tests on this machine's files, by name in PATH and where its modules are; and the judges.
+fn peers_variables() -> Result<Vec<(OsString, OsString)>> {
     let nginx = peers::nginx()?;
     let path = std::env::var_os("PATH").unwrap_or_default();
     let folders = nginx.program.parent().map(PathBuf::from).into_iter().chain(std::env::split_paths(&path));
     let folders = folders.chain([peers::prometheus()?]);
     let path = std::env::join_paths(folders).context("put nginx and Prometheus into PATH")?;
-    Ok(vec![
+    let mut variables = vec![
         ("PATH".into(), path),
         ("TLSPLICE_NGINX".into(), nginx.program.into()),
         ("TLSPLICE_NGINX_MODULES".into(), nginx.modules.into()),
-    ])
+    ];
+    variables.extend(judges::variables()?);
+    Ok(variables)
 }

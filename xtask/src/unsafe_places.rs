@@ -10,7 +10,7 @@ const ALLOWED: [(&str, &str); 5] = [
     ("proxy/src/sys.rs", "system calls"),
     ("proxy/src/sys/", "system calls"),
     ("ebpf/", "programs that the kernel runs"),
-    ("bench/src/plugin", "the counting plugin of QEMU"),
+    ("bench/src/plugin/", "the counting plugin of QEMU"),
     ("xtask/src/init.rs", "the first process of a guest"),
 ];
 /// Folders with Rust of ours.

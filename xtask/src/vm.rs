@@ -86,7 +86,7 @@ pub fn tests(
     env.extend(suite::environment(&kernel.series, Offload::Require, &tlsplice, Path::new("/tmp")));
     let mut command = vec![test_binary.into_os_string()];
     command.extend_from_slice(arguments);
-    let guest = guest(kernel, &Contents { programs, env, command }, size, work)?;
+    let guest = guest(kernel, &Contents { programs, files: Vec::new(), env, command }, size, work)?;
     progress::note(&format!("[{}] starting {}", kernel.series, kernel.version()?));
     let mut listener = Listener::new(&kernel.series, arguments)?;
     let ended = guest.run(|line| listener.take(line))?;
@@ -102,8 +102,12 @@ fn execute(kernels: &[Kernel], options: &Options, size: &Size, work: &Workplace)
     let programs = options.with.iter().map(|file| beside(file)).collect::<Result<Vec<_>>>()?;
     let mut result = 0;
     for kernel in kernels {
-        let contents =
-            Contents { programs: programs.clone(), env: base_environment(), command: options.arguments.clone() };
+        let contents = Contents {
+            programs: programs.clone(),
+            files: Vec::new(),
+            env: base_environment(),
+            command: options.arguments.clone(),
+        };
         let guest = guest(kernel, &contents, size, work)?;
         let ended = guest.run(|line| progress::line(&format!("[{}] {line}", kernel.series)))?;
         let status = match ended {
@@ -145,6 +149,7 @@ fn guest(kernel: &Kernel, contents: &Contents, size: &Size, work: &Workplace) ->
         memory_mib: size.memory_mib,
         cpus: 2,
         limit: size.limit,
+        counted: None,
     })
 }
 

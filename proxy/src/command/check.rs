@@ -1,11 +1,12 @@
 //! `tlsplice check`: would `run` take this file, and what would be offloaded on this host.
 
 use super::{Paint, show, show_json};
-use crate::config::{Config, Invalid, Offload, OffloadAfter, ServerAddress};
+use crate::config::{Config, Invalid, Mode, Offload, OffloadAfter, ServerAddress};
 use crate::control::start::{missing_directions, refuse_if_required};
 use crate::exit::{FINE, FOUND, Failure, USAGE};
 use crate::probe::Kernel;
-use crate::tls::certificates::{Certificates, Faults};
+use crate::tls::certificates::{Certificates, Fault, Faults};
+use crate::tls::grade;
 use crate::tls::policy;
 use serde::Serialize;
 use std::fmt::Write;
@@ -17,6 +18,10 @@ struct Report {
     file: String,
     fine: bool,
     problems: Vec<Problem>,
+    /// What is odd and yet served.
+    warnings: Vec<Problem>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    grade: Option<grade::Report>,
     certificates: Vec<Certificate>,
     suites: Vec<&'static str>,
     listeners: Vec<Listener>,
@@ -47,6 +52,7 @@ struct Certificate {
 #[derive(Serialize)]
 struct Listener {
     address: String,
+    mode: &'static str,
     offload: &'static str,
     offload_after: String,
     upstream: String,
@@ -104,17 +110,17 @@ impl Report {
     }
 
     fn faults(&mut self, faults: &Faults) {
-        self.problems.extend(faults.list().iter().map(|fault| Problem {
-            file: fault.file.display().to_string(),
-            line: None,
-            column: None,
-            message: fault.message.clone(),
-        }));
+        self.problems.extend(faults.list().iter().map(Problem::of));
     }
 
     fn examine(&mut self, config: &Config) {
-        match Certificates::load(&config.tls.certificates) {
-            Ok(certificates) => self.certificates = certificates.served().iter().map(Certificate::of).collect(),
+        match Certificates::load(&config.tls) {
+            Ok(certificates) => {
+                self.certificates = certificates.served().iter().map(Certificate::of).collect();
+                self.warnings = certificates.warnings().iter().map(Problem::of).collect();
+                let report = grade::configuration::grade(config, &certificates, &[]);
+                self.grade = Some(report);
+            }
             Err(faults) => self.faults(&faults),
         }
         self.suites = policy::suites_of(&config.tls).iter().map(|suite| policy::suite_name(suite.suite())).collect();
@@ -144,15 +150,29 @@ impl Report {
             let _ = writeln!(text, "certificate  {names}: {key}, chain of {chain_length}, until {not_after}");
             let _ = writeln!(text, "             {certificate_file}, key {key_file}");
         }
-        for Listener { address, offload, offload_after, upstream, servers } in &self.listeners {
+        for Listener { address, mode, offload, offload_after, upstream, servers } in &self.listeners {
+            if *mode == "redirect" {
+                let _ = writeln!(text, "listener     {address} -> https (mode redirect)");
+                continue;
+            }
             let servers = servers.join(", ");
             let _ = writeln!(
                 text,
-                "listener     {address} -> {upstream} ({servers}), offload {offload} after {offload_after}"
+                "listener     {address} -> {upstream} ({servers}), mode {mode}, offload {offload} after {offload_after}"
             );
         }
         if let Some(offload) = &self.offload {
             let _ = writeln!(text, "offload      {}", offload.sentence());
+        }
+        if let Some(report) = &self.grade {
+            let _ = writeln!(text, "grade        {}", super::grade::sentence(report, paint));
+            for reason in &report.reasons {
+                let _ =
+                    writeln!(text, "             at most {}: {}; mend: {}", reason.at_most, reason.reason, reason.mend);
+            }
+        }
+        for Problem { file, message, .. } in &self.warnings {
+            let _ = writeln!(text, "{}: {message}", paint.yellow(file));
         }
         for Problem { file, line, column, message } in &self.problems {
             let place = match (line, column) {
@@ -171,12 +191,18 @@ impl Report {
     }
 }
 
+impl Problem {
+    fn of(fault: &Fault) -> Self {
+        Self { file: fault.file.display().to_string(), line: None, column: None, message: fault.message.clone() }
+    }
+}
+
 impl Certificate {
     fn of(served: &crate::tls::certificates::Served) -> Self {
         Self {
             names: served.names.clone(),
             key: served.key_kind.clone(),
-            chain_length: served.chain_length,
+            chain_length: served.chain.len(),
             not_after: served.not_after.clone(),
             certificate_file: served.certificate_file.display().to_string(),
             key_file: served.key_file.display().to_string(),
@@ -201,8 +227,13 @@ impl Listener {
                 OffloadAfter::Auto => "auto".to_owned(),
                 OffloadAfter::Bytes(bytes) => format!("{bytes} bytes"),
             },
-            upstream: listener.upstream.name.clone(),
-            servers: listener.upstream.servers.iter().map(server).collect(),
+            mode: match listener.mode {
+                Mode::Tcp(_) => "tcp",
+                Mode::Http(_) => "http",
+                Mode::Redirect => "redirect",
+            },
+            upstream: listener.upstream().map(|u| u.name.clone()).unwrap_or_default(),
+            servers: listener.upstream().map(|u| u.servers.iter().map(server).collect()).unwrap_or_default(),
         }
     }
 }

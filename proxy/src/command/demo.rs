@@ -7,7 +7,7 @@
 use super::show;
 use crate::config::Config;
 use crate::control;
-use crate::control::start::Terminator;
+use crate::control::start::{Loaded, Terminator};
 use crate::exit::{FINE, Failure};
 use crate::tls::certificates::Certificates;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
@@ -32,7 +32,8 @@ pub fn demo(port: u16, once: bool) -> Result<u8, Failure> {
     let config = Config::parse(Path::new("demo"), &configuration(address, upstream, once))
         .map_err(|e| Failure::Usage(e.to_string()))?;
     let certificates = Certificates::from_der(vec![certificate.clone()], key).map_err(Failure::Host)?;
-    let terminator = Terminator::start(config, certificates, None)?;
+    let loaded = Loaded { certificates, source: None, instead_of: None };
+    let terminator = Terminator::start(config, loaded, None)?;
     let counters = terminator.counters();
     let runtime = control::runtime()?;
     runtime.block_on(async {

@@ -13,8 +13,8 @@ pub fn run(file: &Path) -> Result<u8, Failure> {
     // A reload has to find it whatever happens to the working directory.
     let file = std::path::absolute(file).map_err(|e| Failure::Usage(format!("{}: {e}", file.display())))?;
     let config = read_config(&file)?;
-    let certificates = read_certificates(&config)?;
-    let terminator = Terminator::start(config, certificates, Some(file))?;
+    let loaded = read_certificates(&config)?;
+    let terminator = Terminator::start(config, loaded, Some(file))?;
     let runtime = control::runtime()?;
     runtime.block_on(terminator.run(std::future::pending::<()>()))?;
     // Nothing is waited for: a thread that hangs on a file system would hold up the end.

@@ -6,13 +6,13 @@
 //! version has not is refused by name, never read and ignored.
 
 use super::problem::{Invalid, Problems, excerpt};
-use super::section::{Read, Section, allowed, because};
+use super::section::{Read, Section, allowed};
+use super::tls::read_tls;
 use super::{
-    Config, KernelMetrics, Limits, Listener, Log, LogFormat, Metrics, Offload, OffloadAfter, Policy, Server,
-    SpliceMode, Tls, Upstream, value,
+    ClientAddress, Config, Http, KernelMetrics, Limits, Listener, Log, LogFormat, Metrics, Mode, Offload, OffloadAfter,
+    Server, SpliceMode, Upstream, hsts, value,
 };
 use crate::observe::ebpf::PINS;
-use crate::tls::policy;
 use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::num::NonZeroUsize;
@@ -23,17 +23,28 @@ use std::time::Duration;
 use toml::de::{DeTable, DeValue};
 
 /// Tables that the file may have, in the order of the contract.
-const SECTIONS: &str = "[server], [tls], [limits], [log], [metrics], [[listener]], [[upstream]]";
+const SECTIONS: &str = "[server], [tls], [limits], [http], [log], [metrics], [[listener]], [[upstream]]";
 
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(30);
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 const IDLE_TIMEOUT: Duration = Duration::from_secs(3600);
+/// A head is a few packets: who needs longer for it has no request.
+const HEAD_TIMEOUT: Duration = Duration::from_secs(30);
+const KEEP_ALIVE: Duration = Duration::from_secs(75);
+const RESPONSE_TIMEOUT: Duration = Duration::from_secs(60);
+/// Shorter than the time after which common upstreams close: Node 5 s with a grace, Apache 5 s, nginx 75 s.
+const UPSTREAM_IDLE: Duration = Duration::from_secs(4);
+const HEAD_BYTES: u64 = 32 << 10;
+/// Below, browsers with cookies fail; above, a head is held in memory for each connection that sends one.
+const HEAD_SIZES_BYTES: std::ops::RangeInclusive<u64> = 4 << 10..=1 << 20;
 const CONNECTIONS: u64 = 100_000;
 /// Each connection is two descriptors, and a process has at most 2^20 of them by Linux' own default (fs.nr_open).
 const CONNECTIONS_MAX: u64 = 10_000_000;
 const PIPE_MEMORY_BYTES: u64 = 64 << 20;
-const PIPE_MEMORY_MAX_BYTES: u64 = 1 << 40;
+const MEMORY_MAX_BYTES: u64 = 1 << 40;
+/// Half of where the kernel's pressure begins on a host of 4 GiB (net.ipv4.tcp_mem, a sixteenth of its memory).
+const SEND_MEMORY_BYTES: u64 = 128 << 20;
 /// RFC 8446 section 5.5 allows 2^24.5 full records under one AES-GCM key; rustls renews at 2^24, and so do we.
 const RECORDS_PER_KEY_MAX: u64 = 1 << 24;
 /// A handshake or a connect that takes longer only holds a slot.
@@ -64,19 +75,19 @@ impl Config {
 fn read_document<'a>(problems: &mut Problems<'_>, document: &'a DeTable<'a>) -> Config {
     for name in document.keys() {
         match name.get_ref().as_ref() {
-            "server" | "tls" | "limits" | "log" | "metrics" | "listener" | "upstream" => {}
-            "http" => problems.add_not_built(name.span(), "[http]"),
+            "server" | "tls" | "limits" | "http" | "log" | "metrics" | "listener" | "upstream" => {}
             other => problems.add(name.span(), format!("unknown section \"{other}\"; allowed: {SECTIONS}")),
         }
     }
     let server = read_server(section(problems, document, "server"), problems);
     let tls = read_tls(section(problems, document, "tls"), problems);
     let limits = read_limits(section(problems, document, "limits"), problems);
+    let http = read_http(section(problems, document, "http"), problems);
     let log = read_log(section(problems, document, "log"), problems);
     let metrics = read_metrics(section(problems, document, "metrics"), problems);
     let upstreams = read_upstreams(problems, document);
     let listeners = read_listeners(problems, document, &upstreams);
-    Config { server, tls, limits, log, metrics, listeners }
+    Config { server, tls, limits, http, log, metrics, listeners }
 }
 
 /// The table `[name]`; an absent one has no keys.
@@ -130,46 +141,12 @@ fn read_server(mut section: Section<'_>, problems: &mut Problems<'_>) -> Server 
     server
 }
 
-fn read_tls(mut section: Section<'_>, problems: &mut Problems<'_>) -> Tls {
-    let policy = section.take_or(problems, "policy", Policy::APlus, |v| {
-        value::word(v, &[("a-plus", Policy::APlus)], &["modern", "fips", "labs-100"])
-    });
-    let certificates = section.take_some(problems, "certificates", "files or folders in quotes", value::path);
-    let suites = section.take_list(problems, "suites", "cipher suites", |v| {
-        value::text(v, "a cipher suite in quotes").and_then(|name| grade(policy::suite(name)))
-    });
-    let groups = section.take_list(problems, "groups", "key exchange groups", |v| {
-        value::text(v, "a key exchange group in quotes").and_then(|name| grade(policy::group(name)))
-    });
-    let alpn = section.take_list(problems, "alpn", "protocol names", |v| {
-        value::text(v, "a protocol name in quotes").and_then(|name| grade(policy::alpn(name)))
-    });
-    let suites = unique(problems, "tls.suites", suites);
-    if !suites.is_empty()
-        && let Err(why) = policy::choice_of_suites(&suites)
-    {
-        problems.add(section.span_of("suites"), format!("tls.suites: {why}"));
-    }
-    section.not_built(problems, "tickets");
-    // "auto" and "file" would staple; this version staples nothing, so only "off" says what happens.
-    section.take_or(problems, "ocsp", (), |v| value::word(v, &[("off", ())], &["auto", "file"]));
-    let tls = Tls {
-        policy,
-        certificates: certificates.into_iter().map(|(path, _)| path).collect(),
-        suites,
-        groups: unique(problems, "tls.groups", groups),
-        alpn: unique(problems, "tls.alpn", alpn),
-    };
-    section.finish(problems);
-    tls
-}
-
-fn grade<T>(chosen: Result<T, String>) -> Read<T> {
-    chosen.or_else(because)
-}
-
 /// The values of a list in order; a second mention of one is a slip.
-fn unique<T: PartialEq>(problems: &mut Problems<'_>, path: &str, list: Option<Vec<(T, Range<usize>)>>) -> Vec<T> {
+pub(super) fn unique<T: PartialEq>(
+    problems: &mut Problems<'_>,
+    path: &str,
+    list: Option<Vec<(T, Range<usize>)>>,
+) -> Vec<T> {
     let mut values = Vec::new();
     for (value, span) in list.unwrap_or_default() {
         if values.contains(&value) {
@@ -191,7 +168,9 @@ fn read_limits(mut section: Section<'_>, problems: &mut Problems<'_>) -> Limits 
     let idle_timeout = section.take_or(problems, "idle_timeout", IDLE_TIMEOUT, |v| value::duration(v, IDLE_TIMEOUTS));
     let connections = section.take_or(problems, "connections", CONNECTIONS, |v| value::whole(v, 1..=CONNECTIONS_MAX));
     let pipe_memory_bytes =
-        section.take_or(problems, "pipe_memory", PIPE_MEMORY_BYTES, |v| value::size(v, 0..=PIPE_MEMORY_MAX_BYTES));
+        section.take_or(problems, "pipe_memory", PIPE_MEMORY_BYTES, |v| value::size(v, 0..=MEMORY_MAX_BYTES));
+    let send_memory_bytes =
+        section.take_or(problems, "send_memory", SEND_MEMORY_BYTES, |v| value::size(v, 0..=MEMORY_MAX_BYTES));
     let records_per_key =
         section.take_or(problems, "records_per_key", RECORDS_PER_KEY_MAX, |v| value::whole(v, 1..=RECORDS_PER_KEY_MAX));
     section.finish(problems);
@@ -199,11 +178,30 @@ fn read_limits(mut section: Section<'_>, problems: &mut Problems<'_>) -> Limits 
         handshake_timeout,
         connect_timeout,
         idle_timeout,
-        // Both fit: this program is for 64-bit Linux, and the ranges above end far below.
+        // All fit: this program is for 64-bit Linux, and the ranges above end far below.
         connections: usize::try_from(connections).unwrap_or(usize::MAX),
         pipe_memory_bytes: usize::try_from(pipe_memory_bytes).unwrap_or(usize::MAX),
+        send_memory_bytes: usize::try_from(send_memory_bytes).unwrap_or(usize::MAX),
         records_per_key,
     }
+}
+
+fn read_http(mut section: Section<'_>, problems: &mut Problems<'_>) -> Http {
+    let time = |problems: &mut Problems<'_>, section: &mut Section<'_>, key, default, range| {
+        section.take_or(problems, key, default, |v| value::duration(v, range))
+    };
+    let head_bytes = section.take_or(problems, "head_size", HEAD_BYTES, |v| value::size(v, HEAD_SIZES_BYTES));
+    let http = Http {
+        hsts: section.take_or(problems, "hsts", hsts::DEFAULT.to_owned(), hsts::hsts),
+        head_bytes: usize::try_from(head_bytes).unwrap_or(usize::MAX),
+        acme_challenge: section.take(problems, "acme_challenge", value::path).map(|(path, _)| path),
+        head_timeout: time(problems, &mut section, "head_timeout", HEAD_TIMEOUT, SHORT_TIMEOUTS),
+        keep_alive: time(problems, &mut section, "keep_alive", KEEP_ALIVE, SHORT_TIMEOUTS),
+        response_timeout: time(problems, &mut section, "response_timeout", RESPONSE_TIMEOUT, IDLE_TIMEOUTS),
+        upstream_idle: time(problems, &mut section, "upstream_idle", UPSTREAM_IDLE, DRAIN_TIMEOUTS),
+    };
+    section.finish(problems);
+    http
 }
 
 fn read_log(mut section: Section<'_>, problems: &mut Problems<'_>) -> Log {
@@ -215,11 +213,14 @@ fn read_log(mut section: Section<'_>, problems: &mut Problems<'_>) -> Log {
         ("debug", tracing::Level::DEBUG),
         ("trace", tracing::Level::TRACE),
     ];
+    const ADDRESSES: &[(&str, ClientAddress)] =
+        &[("full", ClientAddress::Full), ("truncated", ClientAddress::Truncated)];
     let log = Log {
         format: section.take_or(problems, "format", LogFormat::Json, |v| value::word(v, FORMATS, &[])),
         level: section.take_or(problems, "level", tracing::Level::INFO, |v| value::word(v, LEVELS, &[])),
+        client_address: section
+            .take_or(problems, "client_address", ClientAddress::Full, |v| value::word(v, ADDRESSES, &[])),
     };
-    section.take_or(problems, "client_address", (), |v| value::word(v, &[("full", ())], &["truncated"]));
     section.finish(problems);
     log
 }
@@ -295,8 +296,16 @@ fn read_listener(
         None if section.has("address") => {}
         None => section.missing(problems, "address", "an IP address and a port, as in \"[::]:443\""),
     }
-    let mode = section.take(problems, "mode", |v| value::word(v, &[("tcp", ())], &["http", "redirect"]));
-    let mode_is_refused = mode.is_none() && section.has("mode");
+    const MODES: &[(&str, Word)] = &[("tcp", Word::Tcp), ("http", Word::Http), ("redirect", Word::Redirect)];
+    let mode_is_read = section.take(problems, "mode", |v| value::word(v, MODES, &[]));
+    let mode_is_refused = mode_is_read.is_none() && section.has("mode");
+    let word = mode_is_read.map_or(Word::Tcp, |(word, _)| word);
+    if word == Word::Redirect {
+        for key in ["upstream", "offload", "offload_after"].into_iter().filter(|key| section.has(key)) {
+            let why = format!("listener.{key}: mode = \"redirect\" has neither TLS nor an upstream; leave it out");
+            problems.add(section.span_of(key), why);
+        }
+    }
     let offload = section.take_or(problems, "offload", Offload::Auto, |v| value::word(v, OFFLOAD, &[]));
     let offload_after = section.take_or(problems, "offload_after", OffloadAfter::Auto, offload_after);
     section.take_or(problems, "accept_proxy", (), |v| value::word(v, &[("off", ())], PROXY_LATER));
@@ -314,8 +323,8 @@ fn read_listener(
             known
         }
         None => {
-            // A redirect has no upstream, and was refused already.
-            if !section.has("upstream") && !mode_is_refused {
+            // A mode that was refused may have been meant as one without an upstream.
+            if !section.has("upstream") && !mode_is_refused && word != Word::Redirect {
                 section.missing(problems, "upstream", "the name of an [[upstream]]");
             }
             None
@@ -323,7 +332,20 @@ fn read_listener(
     };
     section.finish(problems);
     let (address, _) = address?;
-    Some(Listener { address, offload, offload_after, upstream: upstream? })
+    let mode = match word {
+        Word::Tcp => Mode::Tcp(upstream?),
+        Word::Http => Mode::Http(upstream?),
+        Word::Redirect => Mode::Redirect,
+    };
+    Some(Listener { address, offload, offload_after, mode })
+}
+
+/// The mode before its upstream is known.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Word {
+    Tcp,
+    Http,
+    Redirect,
 }
 
 /// `"auto"`, 0 or a size.

@@ -51,11 +51,12 @@ fn the_least_file_has_every_default_of_the_contract() {
     assert_eq!(config.limits.connect_timeout, Duration::from_secs(5));
     assert_eq!(config.limits.idle_timeout, Duration::from_secs(3600));
     assert_eq!((config.limits.connections, config.limits.pipe_memory_bytes), (100_000, 64 << 20));
+    assert_eq!(config.limits.send_memory_bytes, 128 << 20);
     assert_eq!(config.limits.records_per_key, 1 << 24);
     assert_eq!((config.log.format, config.log.level), (LogFormat::Json, tracing::Level::INFO));
     let listener = &config.listeners[0];
     assert_eq!((listener.offload, listener.offload_after), (Offload::Auto, OffloadAfter::Auto));
-    assert_eq!(listener.upstream.servers[1], ServerAddress::Unix("/run/app.sock".into()));
+    assert_eq!(listener.upstream().expect("mode tcp").servers[1], ServerAddress::Unix("/run/app.sock".into()));
 }
 
 #[test]
@@ -85,7 +86,9 @@ fn every_key_of_this_version_is_read() {
         [log]
         format = "text"
         level = "debug"
-        client_address = "full"
+        client_address = "truncated"
+        [http]
+        head_size = "64 KiB"
         [[listener]]
         address = "0.0.0.0:8443"
         mode = "tcp"
@@ -95,6 +98,7 @@ fn every_key_of_this_version_is_read() {
         upstream = "app"
         [[listener]]
         address = "[::1]:8443"
+        mode = "http"
         offload = "off"
         offload_after = 0
         upstream = "app"
@@ -114,29 +118,23 @@ fn every_key_of_this_version_is_read() {
     assert_eq!(config.listeners[0].offload_after, OffloadAfter::Bytes(128 << 10));
     assert_eq!(config.listeners[1].offload_after, OffloadAfter::Bytes(0));
     assert_eq!(config.listeners[1].offload, Offload::Off);
+    assert!(matches!(config.listeners[1].mode, Mode::Http(_)));
+    assert_eq!((config.log.client_address, config.http.head_bytes), (ClientAddress::Truncated, 64 << 10));
 }
 
 #[test]
 fn the_file_that_is_shipped_has_the_defaults_that_it_claims() {
     let shipped = valid(include_str!("../../dist/tlsplice.toml"));
     let mut least = valid(&LEAST.replace(", \"unix:/run/app.sock\"", ""));
+    // What stands there as an example.
     least.server.admin = shipped.server.admin;
+    (least.tls.tickets, least.tls.last_good) = (shipped.tls.tickets.clone(), shipped.tls.last_good.clone());
     assert_eq!(shipped, least);
 }
 
 #[test]
 fn what_is_not_built_yet_is_refused_by_name() {
     for (section, line) in [
-        ("tls", "policy = \"modern\""),
-        ("tls", "policy = \"fips\""),
-        ("tls", "policy = \"labs-100\""),
-        ("tls", "tickets = \"/mnt/efs/tickets\""),
-        ("tls", "ocsp = \"auto\""),
-        ("tls", "ocsp = \"file\""),
-        ("http", "hsts = \"max-age=63072000\""),
-        ("log", "client_address = \"truncated\""),
-        ("[listener]", "mode = \"http\""),
-        ("[listener]", "mode = \"redirect\""),
         ("[listener]", "accept_proxy = \"v1\""),
         ("[listener]", "accept_proxy = \"any\""),
         ("[listener]", "trusted = [\"10.0.0.0/8\"]"),
@@ -145,16 +143,65 @@ fn what_is_not_built_yet_is_refused_by_name() {
         let invalid = parse(&with(section, line)).expect_err(line);
         assert!(invalid.asks_for_what_is_not_built(), "{line}: {invalid}");
         assert_eq!(invalid.problems().len(), 1, "{line}: {invalid}");
-        let name = if section == "http" { "[http]" } else { line.split(' ').next().expect("a key") };
+        let name = line.split(' ').next().expect("a key");
         let said = invalid.to_string();
         assert!(said.contains(name) && said.ends_with("not in this version"), "{line}: {said}");
     }
 }
 
 #[test]
-fn a_redirect_is_not_blamed_for_having_no_upstream() {
+fn the_keys_of_tls_are_read_and_bounded() {
+    let tls = |line: &str| valid(&with("tls", line)).tls;
+    assert_eq!(tls("policy = \"labs-100\"").policy, Policy::Labs100);
+    assert_eq!(tls("ocsp = \"file\"").ocsp, Ocsp::File);
+    assert_eq!(tls("tickets = \"/mnt/t\"\nticket_lifetime = \"1h\"").tickets, Some("/mnt/t".into()));
+    assert_eq!(tls("poll = \"1s\"\nlast_good = \"/var/l\"").last_good, Some("/var/l".into()));
+    assert!(tls("strict_sni = true").strict_sni);
+    let defaults = valid(LEAST).tls;
+    assert_eq!((defaults.ocsp, defaults.strict_sni, defaults.tickets), (Ocsp::Auto, false, None));
+    assert!(said(&with("tls", "ticket_lifetime = \"8d\"")).contains("from 2s to 84h"));
+    assert!(said(&with("tls", "strict_sni = 1")).contains("allowed: true or false"));
+    if cfg!(not(feature = "fips")) {
+        assert!(said(&with("tls", "policy = \"fips\"")).contains("--features fips"));
+    }
+    let modern = with("tls", "policy = \"modern\"\nsuites = [\"TLS_ECDHE_RSA_WITH_AES_128_GCM_SHA256\"]");
+    assert!(said(&modern).contains("TLS 1.3 alone"));
+}
+
+#[test]
+fn a_redirect_has_an_address_and_nothing_else() {
     let text = format!("{LEAST}[[listener]]\naddress = \"[::]:80\"\nmode = \"redirect\"\n");
-    assert_eq!(said(&text), "tlsplice.toml:12:8: listener.mode = \"redirect\": not in this version");
+    let config = valid(&text);
+    assert_eq!((&config.listeners[1].mode, config.listeners[1].upstream()), (&Mode::Redirect, None));
+    for (key, line) in
+        [("upstream", "upstream = \"app\""), ("offload", "offload = \"off\""), ("offload_after", "offload_after = 0")]
+    {
+        let text = said(&format!("{text}{line}\n"));
+        assert!(text.contains(&format!("listener.{key}: mode = \"redirect\" has neither")), "{text}");
+    }
+}
+
+#[test]
+fn http_is_read_with_its_limits() {
+    let http = |lines: &str| valid(&format!("{LEAST}[http]\n{lines}")).http;
+    let default = http("");
+    assert_eq!((default.hsts.as_str(), default.head_bytes), ("max-age=63072000; includeSubDomains", 32 << 10));
+    assert_eq!((default.acme_challenge, default.upstream_idle), (None, Duration::from_secs(4)));
+    let lines = "hsts = \"max-age=31536000\"\nhead_size = \"8 KiB\"\nacme_challenge = \"/a\"\nhead_timeout = \"1s\"\n\
+                 keep_alive = \"2s\"\nresponse_timeout = \"3s\"\nupstream_idle = \"0s\"\n";
+    let read = http(lines);
+    assert_eq!((read.hsts.as_str(), read.head_bytes), ("max-age=31536000", 8 << 10));
+    assert_eq!((read.head_timeout, read.keep_alive), (Duration::from_secs(1), Duration::from_secs(2)));
+    assert_eq!((read.response_timeout, read.upstream_idle), (Duration::from_secs(3), Duration::ZERO));
+    for (line, why) in [
+        ("hsts = \"max-age=86400\"", "no grade is an A+"),
+        ("hsts = \"\"", "allowed: \"max-age=SECONDS\""),
+        ("head_size = \"1 KiB\"", "from 4096 to"),
+        ("keepalive = \"1s\"", "unknown key \"keepalive\" in [http]"),
+    ] {
+        let text = said(&format!("{LEAST}[http]\n{line}\n"));
+        assert!(text.contains(why), "{line}: {text}");
+    }
 }
 
 #[test]
@@ -278,7 +325,7 @@ proptest! {
         key in prop::sample::select(vec![
             ("server", "workers"), ("server", "admin"), ("server", "drain_timeout"), ("server", "user"),
             ("tls", "suites"), ("tls", "groups"), ("tls", "alpn"), ("limits", "connections"),
-            ("limits", "pipe_memory"), ("limits", "records_per_key"), ("[listener]", "offload_after"),
+            ("limits", "pipe_memory"), ("limits", "send_memory"), ("limits", "records_per_key"), ("[listener]", "offload_after"),
         ]),
         value in prop_oneof!["-?[0-9_]{1,30}", "\"\\PC{0,30}\"", "\\[\"\\PC{0,9}\"\\]", "0[xob][0-9a-f]{1,20}", "[0-9]{1,5}\\.[0-9]{1,5}"],
     ) {

@@ -191,6 +191,19 @@ pub(super) fn name(value: &DeValue<'_>) -> Read<String> {
     if found.is_empty() || found.len() > 64 || !found.chars().all(legal) { allowed(WHAT) } else { Ok(found.to_owned()) }
 }
 
+/// `true` or `false`.
+pub(super) fn truth(value: &DeValue<'_>) -> Read<bool> {
+    match value {
+        DeValue::Boolean(truth) => Ok(*truth),
+        DeValue::String(_)
+        | DeValue::Integer(_)
+        | DeValue::Float(_)
+        | DeValue::Datetime(_)
+        | DeValue::Array(_)
+        | DeValue::Table(_) => allowed("true or false"),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

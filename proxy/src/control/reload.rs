@@ -6,11 +6,11 @@
 //! stays are not touched; only its settings change. Connections keep what they started with.
 
 use super::notify::{State, notify};
-use super::start::{Terminator, read_certificates, read_config, refuse_if_required};
+use super::start::{Loaded, Terminator, read_certificates, read_config, refuse_if_required};
+use super::upkeep::Watched;
 use crate::config::{Config, Listener};
 use crate::exit::Failure;
 use crate::listen::{self, BindError};
-use crate::tls::certificates::Certificates;
 use crate::tls::policy;
 use crate::worker::{Command, Snapshot};
 use std::path::Path;
@@ -19,15 +19,19 @@ use std::sync::Arc;
 /// What a reload has read.
 pub(super) struct Fresh {
     config: Config,
-    certificates: Certificates,
+    loaded: Loaded,
 }
 
 impl Fresh {
     /// Blocks on the file system.
     pub(super) fn read(file: &Path) -> Result<Self, Failure> {
         let config = read_config(file)?;
-        let certificates = read_certificates(&config)?;
-        Ok(Self { config, certificates })
+        let loaded = read_certificates(&config)?;
+        if let Some(faults) = &loaded.instead_of {
+            // What is served is as good as the copy.
+            return Err(Failure::Usage(format!("the certificates cannot be served:\n{faults}")));
+        }
+        Ok(Self { config, loaded })
     }
 }
 
@@ -47,8 +51,10 @@ impl Terminator {
     }
 
     fn apply(&mut self, fresh: Fresh) -> Result<(), Failure> {
-        let Fresh { mut config, certificates } = fresh;
+        let Fresh { mut config, loaded: Loaded { certificates, source, .. } } = fresh;
         refuse_if_required(&config, &self.kernel)?;
+        let grade = self.refuse_lower_grade(&config, &certificates).map_err(Failure::Usage)?;
+        let certificates = self.stapled(certificates);
         let tls = policy::server_config(&config.tls, certificates.resolver(), &self.resumption)
             .map_err(|e| Failure::Usage(format!("[tls]: {e}")))?;
         let new = added(&self.config, &config);
@@ -60,7 +66,12 @@ impl Terminator {
         self.log.set_level(config.log.level);
         self.figures.set(&config, &certificates);
         self.config = Arc::new(config);
-        let snapshot = Snapshot { config: Arc::clone(&self.config), tls };
+        (self.certificates, self.grade) = (certificates, grade);
+        self.watched = Watched::serving(source.as_ref());
+        if let Some(source) = source {
+            self.keep(&source);
+        }
+        let snapshot = Snapshot::new(Arc::clone(&self.config), tls);
         for (worker, open) in self.workers.iter().zip(open) {
             worker.send(Command::Reload { snapshot: snapshot.clone(), open });
         }
@@ -96,7 +107,7 @@ fn keep_fixed(old: &Config, new: &mut Config) -> Vec<&'static str> {
         *new = old.clone();
         Some(name)
     }
-    let (server, log, metrics) = (&mut new.server, &mut new.log, &mut new.metrics);
+    let (server, log, tls, metrics) = (&mut new.server, &mut new.log, &mut new.tls, &mut new.metrics);
     [
         keep(&old.server.workers, &mut server.workers, "server.workers"),
         keep(&old.server.user, &mut server.user, "server.user"),
@@ -105,6 +116,8 @@ fn keep_fixed(old: &Config, new: &mut Config) -> Vec<&'static str> {
         keep(&old.metrics.kernel, &mut metrics.kernel, "metrics.kernel"),
         keep(&old.metrics.pins, &mut metrics.pins, "metrics.pins"),
         keep(&old.log.format, &mut log.format, "log.format"),
+        keep(&old.tls.tickets, &mut tls.tickets, "tls.tickets"),
+        keep(&old.tls.ticket_lifetime, &mut tls.ticket_lifetime, "tls.ticket_lifetime"),
     ]
     .into_iter()
     .flatten()

@@ -5,6 +5,8 @@
 //! The order is the point. The probe loads the kernel's tls module and ports below 1024 are bound while the process is
 //! root; every thread, the log's and the runtime's too, starts after root has ended and inherits that.
 
+use super::staples::{self, Staples};
+use super::upkeep::{TicketGauges, Tickets, Watched};
 use crate::config::{Config, KernelMetrics, Offload, SpliceMode};
 use crate::exit::Failure;
 use crate::listen;
@@ -16,8 +18,10 @@ use crate::observe::metrics::Metrics;
 use crate::probe::Kernel;
 use crate::sys::limits::{self, OpenFiles};
 use crate::sys::privilege::{self, User};
-use crate::tls::certificates::Certificates;
+use crate::tls::certificates::{Certificates, Faults};
+use crate::tls::grade::{self, Grade};
 use crate::tls::policy::{self, Resumption};
+use crate::tls::source::Source;
 use crate::worker::{Snapshot, Worker};
 use std::fs::File;
 use std::io;
@@ -41,6 +45,13 @@ pub struct Terminator {
     pub(super) counting: Counting,
     pub(super) figures: Arc<Figures>,
     pub(super) resumption: Resumption,
+    pub(super) certificates: Certificates,
+    pub(super) watched: Watched,
+    pub(super) staples: Staples,
+    /// Of what is served; a reload may not lower it.
+    pub(super) grade: Grade,
+    pub(super) tickets: Option<Tickets>,
+    ticket_gauges: Option<Arc<TicketGauges>>,
     pub(super) workers: Vec<Worker>,
     pub(super) log: Logging,
     pub(super) admin: Option<TcpListener>,
@@ -56,13 +67,30 @@ pub fn read_config(file: &Path) -> Result<Config, Failure> {
     Config::parse(file, &text).map_err(|e| Failure::Usage(format!("the configuration is not valid:\n{e}")))
 }
 
-/// Reads the certificates that the configuration names.
+/// Certificates that were read, and what they were read from.
+pub struct Loaded {
+    pub certificates: Certificates,
+    pub source: Option<Source>,
+    /// The files would not do, for these faults, and the last good copy stands in.
+    pub instead_of: Option<Faults>,
+}
+
+/// Reads the certificates that the configuration names, or the last good copy of them.
 ///
 /// # Errors
 /// `Usage`: all that is wrong with them.
-pub fn read_certificates(config: &Config) -> Result<Certificates, Failure> {
-    Certificates::load(&config.tls.certificates)
-        .map_err(|e| Failure::Usage(format!("the certificates cannot be served:\n{e}")))
+pub fn read_certificates(config: &Config) -> Result<Loaded, Failure> {
+    let tls = &config.tls;
+    let source = Source::read(&tls.certificates);
+    let faults = match Certificates::of_source(&source, tls) {
+        Ok(certificates) => return Ok(Loaded { certificates, source: Some(source), instead_of: None }),
+        Err(faults) => faults,
+    };
+    let kept = tls.last_good.as_ref().and_then(|folder| Source::kept(folder, &tls.certificates));
+    match kept.map(|kept| Certificates::of_source(&kept, tls)) {
+        Some(Ok(certificates)) => Ok(Loaded { certificates, source: None, instead_of: Some(faults) }),
+        Some(Err(_)) | None => Err(Failure::Usage(format!("the certificates cannot be served:\n{faults}"))),
+    }
 }
 
 impl Terminator {
@@ -70,7 +98,7 @@ impl Terminator {
     ///
     /// # Errors
     /// `Host`: what the host refuses, and what mends it.
-    pub fn start(config: Config, certificates: Certificates, file: Option<PathBuf>) -> Result<Self, Failure> {
+    pub fn start(config: Config, loaded: Loaded, file: Option<PathBuf>) -> Result<Self, Failure> {
         let open_files =
             limits::raise_open_files().map_err(|e| Failure::Host(format!("setrlimit(RLIMIT_NOFILE): {e}")))?;
         let kernel = Kernel::probe();
@@ -84,28 +112,60 @@ impl Terminator {
         let admin = config.server.admin.map(listen::bind_admin).transpose();
         let admin = admin.map_err(|e| Failure::Host(format!("server.admin: {e}")))?;
         let credentials = end_root(config.server.user.as_deref())?;
+        let Loaded { certificates, source, instead_of } = loaded;
         if let Some(file) = &file {
-            refuse_if_unreadable(file, &config, &certificates, &credentials)?;
+            refuse_if_unreadable(file, &config, &certificates, source.is_some(), &credentials)?;
         }
 
         let log = Logging::start(&config.log);
         credentials.log();
         log_counting(&counting);
         warn_of_limits(&config, &kernel, open_files);
-        let resumption =
-            Resumption::of_this_process().map_err(|e| Failure::Host(format!("make keys for session tickets: {e}")))?;
+        if let Some(faults) = &instead_of {
+            tracing::error!(reason = %faults, "certificates: the files will not do, the last good copy serves");
+        }
+        let tickets = Tickets::start(&config.tls)?;
+        let resumption = match &tickets {
+            Some(tickets) => Resumption::shared(tickets.ticketer()),
+            None => Resumption::of_this_process()
+                .map_err(|e| Failure::Host(format!("make keys for session tickets: {e}")))?,
+        };
+        let certificates = staples::from_files(certificates, config.tls.ocsp);
         let tls = policy::server_config(&config.tls, certificates.resolver(), &resumption)
             .map_err(|e| Failure::Usage(format!("[tls]: {e}")))?;
         let figures = Arc::new(Figures::default());
         figures.set(&config, &certificates);
         let (config, kernel) = (Arc::new(config), Arc::new(kernel));
-        let snapshot = Snapshot { config: Arc::clone(&config), tls };
+        let snapshot = Snapshot::new(Arc::clone(&config), tls);
         let workers = open.drain(..).enumerate().map(|(index, sockets)| {
             Worker::spawn(index, snapshot.clone(), sockets, Arc::clone(&kernel), counting.maps().cloned())
                 .map_err(|e| Failure::Host(format!("start worker {index}: {e}")))
         });
         let workers = workers.collect::<Result<Vec<_>, _>>()?;
-        Ok(Self { config, file, kernel, counting, figures, resumption, workers, log, admin })
+        let grade = grade::configuration::grade(&config, &certificates, &[]).grade;
+        let watched = Watched::serving(source.as_ref());
+        let ticket_gauges = tickets.as_ref().map(Tickets::gauges);
+        let terminator = Self {
+            config,
+            file,
+            kernel,
+            counting,
+            figures,
+            resumption,
+            certificates,
+            watched,
+            staples: Staples::default(),
+            grade,
+            tickets,
+            ticket_gauges,
+            workers,
+            log,
+            admin,
+        };
+        if let Some(source) = source {
+            terminator.keep(&source);
+        }
+        Ok(terminator)
     }
 
     /// What each worker counts.
@@ -119,6 +179,7 @@ impl Terminator {
             Some(self.log.dropped()),
             self.counting.maps().cloned(),
             Arc::clone(&self.figures),
+            self.ticket_gauges.clone(),
         )
     }
 }
@@ -222,10 +283,13 @@ fn refuse_if_unreadable(
     file: &Path,
     config: &Config,
     certificates: &Certificates,
+    files_are_good: bool,
     credentials: &Credentials,
 ) -> Result<(), Failure> {
     let of_pairs = certificates.served().iter().flat_map(|one| [one.certificate_file.as_path(), &one.key_file]);
-    let paths = std::iter::once(file).chain(config.tls.certificates.iter().map(PathBuf::as_path)).chain(of_pairs);
+    // Where the last good copy stands in, the files are missed anyway.
+    let configured = config.tls.certificates.iter().map(PathBuf::as_path).filter(|_| files_are_good);
+    let paths = std::iter::once(file).chain(configured).chain(of_pairs);
     let user = credentials.name();
     for path in paths {
         if let Err(error) = readable(path) {

@@ -64,6 +64,32 @@ label! {
 }
 
 label! {
+    /// What was answered to a request of mode http or redirect, by us or by the upstream.
+    Class {
+        Switched = "1xx",
+        Success = "2xx",
+        Redirection = "3xx",
+        ClientError = "4xx",
+        ServerError = "5xx",
+        /// No final response came to its head.
+        Unanswered = "none",
+    }
+}
+
+impl Class {
+    pub fn of(status: Option<u16>) -> Self {
+        match status.map(|status| status / 100) {
+            Some(1) => Self::Switched,
+            Some(2) => Self::Success,
+            Some(3) => Self::Redirection,
+            Some(4) => Self::ClientError,
+            Some(_) => Self::ServerError,
+            None => Self::Unanswered,
+        }
+    }
+}
+
+label! {
     /// How a connection ended. The first ones are clean.
     End {
         Clean = "clean",
@@ -77,6 +103,14 @@ label! {
         ClientTruncated = "client_truncated",
         ClientReset = "client_reset",
         UpstreamReset = "upstream_reset",
+        /// Mode http: the upstream's stream ended within a response.
+        UpstreamTruncated = "upstream_truncated",
+        /// Mode http: a request that is none, or whose response was ours (4xx, 5xx).
+        Refused = "http_refused",
+        /// Mode http: a request that turned out to be none when its response had begun.
+        BadRequest = "bad_request",
+        /// Mode http: a response that turned out to be none when it had begun.
+        BadResponse = "bad_response",
         /// A record that does not decrypt.
         BadRecordMac = "bad_record_mac",
         /// A record that is none: too long, of an unknown type, malformed.
@@ -127,6 +161,11 @@ pub struct Counters {
     /// KeyUpdates received past the door, and sent.
     pub key_updates_received: Count,
     pub key_updates_sent: Count,
+    /// Requests of mode http and redirect, by what was answered.
+    pub requests: [Count; Class::ALL.len()],
+    /// Connections to upstreams that a request of mode http made, and that it found idle.
+    pub upstream_new: Count,
+    pub upstream_reused: Count,
     /// Transfers that copied because no pipe was to be had.
     pub pipe_denied: Count,
     pub pipe_bytes: Count,
@@ -135,6 +174,9 @@ pub struct Counters {
 impl Counters {
     pub fn declined(&self, why: Decline) {
         self.declined[why.index()].add(1);
+    }
+    pub fn answered(&self, class: Class) {
+        self.requests[class.index()].add(1);
     }
     pub fn ended(&self, how: End) {
         self.ended[how.index()].add(1);

@@ -3,12 +3,13 @@
 //!   workers' counters ─▶ + what earlier processes have kept ─┐
 //!   pinned maps of the kernel ───────────────────────────────┴▶ OpenMetrics, or the Prometheus text format
 
-use super::counters::{Count, Counters, Decline, End, Label};
+use super::counters::{Class, Count, Counters, Decline, End, Label};
 use super::figures::Figures;
 use super::kept::Kept;
 use super::log::DroppedLines;
 use super::maps::{Maps, Reading};
 use super::sums;
+use crate::control::upkeep::TicketGauges;
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric};
 use prometheus_client::metrics::counter::ConstCounter;
@@ -18,6 +19,7 @@ use prometheus_client::registry::Registry;
 use std::fmt;
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 /// Everything that a scrape shows.
 #[derive(Debug)]
@@ -27,6 +29,7 @@ pub struct Metrics {
     kernel: Option<Arc<Maps>>,
     kept: Option<Kept>,
     figures: Arc<Figures>,
+    tickets: Option<Arc<TicketGauges>>,
 }
 
 /// Why there is nothing to show.
@@ -45,6 +48,7 @@ impl Metrics {
         dropped_lines: Option<DroppedLines>,
         kernel: Option<Arc<Maps>>,
         figures: Arc<Figures>,
+        tickets: Option<Arc<TicketGauges>>,
     ) -> Self {
         let kept = kernel.as_ref().and_then(|maps| match Kept::new(Arc::clone(maps)) {
             Ok(kept) => Some(kept),
@@ -53,7 +57,7 @@ impl Metrics {
                 None
             }
         });
-        Self { workers, dropped_lines, kernel, kept, figures }
+        Self { workers, dropped_lines, kernel, kept, figures, tickets }
     }
 
     /// OpenMetrics.
@@ -84,6 +88,7 @@ impl Metrics {
             dropped_lines: self.dropped_lines.clone(),
             reading,
             figures: Arc::clone(&self.figures),
+            tickets: self.tickets.clone(),
         }));
         let mut text = String::new();
         prometheus_client::encoding::text::encode(&mut text, &registry)?;
@@ -97,6 +102,7 @@ impl Metrics {
 struct Workers {
     workers: Vec<Arc<Counters>>,
     dropped_lines: Option<DroppedLines>,
+    tickets: Option<Arc<TicketGauges>>,
     reading: Option<Reading>,
     figures: Arc<Figures>,
 }
@@ -149,6 +155,28 @@ impl Workers {
         family(to, "tlsplice_key_updates", "TLS 1.3 KeyUpdates past the door", &updates)
     }
 
+    fn http(&self, to: &mut DescriptorEncoder<'_>) -> fmt::Result {
+        let requests: Vec<_> =
+            Class::ALL.iter().map(|c| ([("status", c.name())], self.sum(|w| &w.requests[c.index()]))).collect();
+        let requests: Vec<(Labels<'_>, u64)> = requests.iter().map(|(labels, n)| (&labels[..], *n)).collect();
+        family(to, "tlsplice_http_requests", "Requests of mode http and redirect, by what was answered", &requests)?;
+        let (new, reused): (Labels<'_>, Labels<'_>) = (&[("state", "new")], &[("state", "reused")]);
+        let upstream = [(new, self.sum(|c| &c.upstream_new)), (reused, self.sum(|c| &c.upstream_reused))];
+        family(to, "tlsplice_http_upstream_connections", "Upstream connections that requests were sent on", &upstream)
+    }
+
+    fn tickets(&self, to: &mut DescriptorEncoder<'_>) -> fmt::Result {
+        let Some(tickets) = &self.tickets else { return Ok(()) };
+        let generation = tickets.generation.load(Ordering::Relaxed);
+        gauge(to, "tlsplice_ticket_keys_generation", "Generation of the fleet's ticket keys", generation)?;
+        let leads = tickets.leads.load(Ordering::Relaxed);
+        gauge(to, "tlsplice_ticket_keys_leader", "1 if this process rotates them", leads)?;
+        let skew = ConstGauge::new(tickets.skew_ms.load(Ordering::Relaxed));
+        let (name, help) =
+            ("tlsplice_ticket_clock_skew_milliseconds", "Clock of the file server less that of this host");
+        skew.encode(to.encode_descriptor(name, help, None, MetricType::Gauge)?)
+    }
+
     fn payload(&self, to: &mut DescriptorEncoder<'_>) -> fmt::Result {
         const IN_SPLICED: Labels<'_> = &[("direction", "in"), ("path", "spliced")];
         const IN_COPIED: Labels<'_> = &[("direction", "in"), ("path", "copied")];
@@ -171,7 +199,9 @@ impl Collector for Workers {
     fn encode(&self, mut to: DescriptorEncoder<'_>) -> fmt::Result {
         self.connections(&mut to)?;
         self.tls(&mut to)?;
+        self.http(&mut to)?;
         self.payload(&mut to)?;
+        self.tickets(&mut to)?;
         self.figures.encode(&mut to)?;
         let Some(dropped) = &self.dropped_lines else { return Ok(()) };
         counter(&mut to, "tlsplice_log_lines_dropped", "Log lines that nobody read in time", dropped.get())
@@ -211,7 +241,7 @@ mod tests {
         two.ended(End::Clean);
         two.up_copied.add(7);
         one.pipe_bytes.add(65536);
-        let text = Metrics::new(vec![one, two], None, None, Arc::default()).text().expect("a string");
+        let text = Metrics::new(vec![one, two], None, None, Arc::default(), None).text().expect("a string");
         for line in [
             "tlsplice_build_info{version=\"0.1.0\"} 1",
             "tlsplice_connections_accepted_total 5",

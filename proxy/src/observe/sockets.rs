@@ -182,29 +182,45 @@ struct Known {
     sums: Option<Arc<UserSums>>,
 }
 
-/// A connection to a peer that user space counts, if it does.
+/// A peer that user space counts, if it does: before its connection is open.
+#[derive(Debug)]
+pub struct Peer(Option<Arc<UserSums>>);
+
+impl Peer {
+    /// The connection is open.
+    pub fn opened(self) -> Tally {
+        if let Some(sums) = &self.0 {
+            sums.opened.add(1);
+        }
+        Tally(self.0)
+    }
+
+    /// It came to nothing.
+    pub fn refused(self) {
+        if let Some(sums) = &self.0 {
+            sums.refused.add(1);
+        }
+    }
+}
+
+/// A socket that user space counts, if it does: open as long as this lives.
 #[derive(Debug, Default)]
 pub struct Tally(Option<Arc<UserSums>>);
 
 impl Tally {
-    pub fn opened(&self) {
-        self.each(|sums| &sums.opened, 1);
-    }
-
-    pub fn refused(&self) {
-        self.each(|sums| &sums.refused, 1);
-    }
-
     /// `bytes_in` came from the peer.
-    pub fn closed(&self, bytes_in: u64, bytes_out: u64) {
-        self.each(|sums| &sums.bytes_in, bytes_in);
-        self.each(|sums| &sums.bytes_out, bytes_out);
-        self.each(|sums| &sums.closed, 1);
-    }
-
-    fn each(&self, count: impl Fn(&UserSums) -> &Count, n: u64) {
+    pub fn moved(&self, bytes_in: u64, bytes_out: u64) {
         if let Some(sums) = &self.0 {
-            count(sums).add(n);
+            sums.bytes_in.add(bytes_in);
+            sums.bytes_out.add(bytes_out);
+        }
+    }
+}
+
+impl Drop for Tally {
+    fn drop(&mut self) {
+        if let Some(sums) = &self.0 {
+            sums.closed.add(1);
         }
     }
 }
@@ -217,20 +233,20 @@ impl Sockets {
     /// A client's connection, which has its listener's label already.
     pub fn accepted(&self, listener: SocketAddr) -> Tally {
         if self.maps.is_some() {
-            return Tally(None);
+            return Tally::default();
         }
-        Tally(self.known(Endpoint::Listener(listener)).sums)
+        Peer(self.known(Endpoint::Listener(listener)).sums).opened()
     }
 
     /// Labels a socket that is about to connect.
-    pub fn connecting(&self, socket: BorrowedFd<'_>, upstream: &str, server: &ServerAddress) -> Tally {
+    pub fn connecting(&self, socket: BorrowedFd<'_>, upstream: &str, server: &ServerAddress) -> Peer {
         let known = self.known(Endpoint::Server { upstream: upstream.to_owned(), server: server.clone() });
         let is_tcp = matches!(server, ServerAddress::Tcp(_));
         if let (Some(maps), true) = (&self.maps, is_tcp) {
             // Without memory for it the connection goes uncounted.
             let _ = maps.label(socket, Labels { endpoint: known.row, class: NO_CLASS });
         }
-        Tally(known.sums)
+        Peer(known.sums)
     }
 
     /// Says what the handshake gave, and again when the door has decided.

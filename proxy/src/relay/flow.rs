@@ -9,6 +9,7 @@ use crate::pipes::{Share, Taken};
 use crate::ring::{RingSplice, Sock};
 use crate::sys::socket;
 use std::io;
+use std::ops::Range;
 use std::rc::Rc;
 use std::task::{Context, Poll, ready};
 
@@ -34,8 +35,8 @@ pub struct Flow {
     phase: Phase,
     spare: Spare,
     pipe: Option<Taken>,
-    /// On the ring: a fill in phase Fill, a drain in phase Drain.
-    in_flight: Option<RingSplice>,
+    /// On the ring: a fill in phase Fill, a drain in phase Drain. Boxed, as an idle connection has none.
+    in_flight: Option<Box<RingSplice>>,
     /// A splice linked behind a poll found the sink full all the same: its `writable` has to come first.
     distrusts_link: bool,
 }
@@ -52,6 +53,11 @@ impl Flow {
     /// A flow whose first bytes are those that the userspace relay could not hand on.
     pub fn new(splicer: Splicer, spare: Spare) -> Self {
         Self { splicer, phase: Phase::Drain, spare, pipe: None, in_flight: None, distrusts_link: false }
+    }
+
+    /// Splices are made by this one from now on; one in flight is not touched.
+    pub fn splice_by(&mut self, splicer: Splicer) {
+        self.splicer = splicer;
     }
 
     /// Bytes are wanted from the source.
@@ -101,6 +107,16 @@ impl Flow {
         self.phase = Phase::Drain;
     }
 
+    /// Sends pieces of what was received at once, and keeps what the sink does not take. Nothing may be on the way.
+    pub fn hand_on(&mut self, sink: &Sock, received: &[u8], pieces: &[Range<usize>]) -> io::Result<()> {
+        debug_assert!(self.is_empty(), "bytes would overtake those on the way");
+        super::hand_on(sink, received, pieces, &mut self.spare)?;
+        if !self.spare.is_empty() {
+            self.phase = Phase::Drain;
+        }
+        Ok(())
+    }
+
     /// Ends filling, for what is in the pipe to go out.
     pub fn turn_to_drain(&mut self) {
         self.phase = Phase::Drain;
@@ -112,7 +128,7 @@ impl Flow {
         let result = match self.splicer {
             Splicer::Inline => pipe.pipe().fill_from(source.fd(), max),
             Splicer::Ring => {
-                let op = self.in_flight.get_or_insert_with(|| RingSplice::fill(source, pipe.pipe(), max));
+                let op = self.in_flight.get_or_insert_with(|| Box::new(RingSplice::fill(source, pipe.pipe(), max)));
                 let result = ready!(op.poll(cx));
                 self.in_flight = None;
                 result
@@ -137,7 +153,10 @@ impl Flow {
                     note(n);
                 }
                 Poll::Ready(Err(e)) if socket::is_again(&e) => {
-                    let was_linked = !std::mem::replace(&mut sink.writable, false);
+                    let was_linked = !sink.writable;
+                    if !sink.is_full() {
+                        continue;
+                    }
                     self.distrusts_link = was_linked;
                     if was_linked || self.splicer == Splicer::Inline {
                         return Ok(Drained::Blocked);
@@ -157,7 +176,8 @@ impl Flow {
             Splicer::Ring if self.distrusts_link && !sink.writable && self.in_flight.is_none() => return Poll::Pending,
             Splicer::Inline => pipe.pipe().drain_into(sink.fd(), pipe.bytes),
             Splicer::Ring => {
-                let op = self.in_flight.get_or_insert_with(|| RingSplice::drain(pipe.pipe(), sink, pipe.bytes));
+                let op =
+                    self.in_flight.get_or_insert_with(|| Box::new(RingSplice::drain(pipe.pipe(), sink, pipe.bytes)));
                 let result = ready!(op.poll(cx));
                 self.in_flight = None;
                 result

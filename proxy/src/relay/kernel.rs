@@ -2,16 +2,16 @@
 //!
 //!   client (TLS_RX) ─▶ splice ─▶ pipe ─▶ splice ─▶ upstream      upstream ─▶ splice ─▶ pipe ─▶ splice ─▶ (TLS_TX) client
 //!
-//! Splice takes data only. When it will not, a record of another kind is at the head, and is read by recvmsg at once,
-//! because a poll no longer tells of it. Nothing here asks for a kernel version: the probe's answers decide.
+//! What TLS asks for beside data is in `kernel_tls`; here are the two directions, their pipes and their ends.
 
-use super::flow::{Drained, Flow, Splicer};
-use super::record::{self, Fatal, Head, Storm, alert};
+use super::flow::{Drained, Flow};
+use super::kernel_tls::KernelTls;
+use super::user_tls::Then;
 use super::{COPY_BYTES, HALF_OPEN_TIMEOUT, NO_REKEY_QUIET, TURN_BYTES};
-use super::{ClientEnd, Down, Ended, Link, Spare, Turn, Up, UpstreamEnd, Want, is_gone, over, timed_out};
+use super::{ClientEnd, Down, Ended, Spare, Turn, Up, Want, over, timed_out};
 use crate::observe::counters::End;
 use crate::protect::PLAIN_BYTES;
-use crate::sys::ktls::{self, Direction, content_type};
+use crate::ring::Sock;
 use crate::sys::socket::{self, Half};
 use crate::watch::Verdict;
 use std::future::Future;
@@ -19,50 +19,28 @@ use std::io;
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
-use tokio::time::Sleep;
-
-pub use super::keys::KernelKeys;
-
-/// Records are gathered in the pipe up to this before they are spliced on: past it the gain is 2 %, before it 9 %.
-const GATHER_BYTES: usize = 128 << 10;
-/// Pipe slots that one record may take: its pages, and one for where it starts.
-const RECORD_PIPE_PAGES: usize = 18;
-
-/// How long a partial record may keep the kernel's queue below the mark that was set for its next byte.
-const PARTIAL_RECORD_RETRY: Duration = Duration::from_millis(10);
 
 /// A connection whose record layer is the kernel's.
 pub struct Kernel {
-    pub link: Link,
-    keys: KernelKeys,
+    pub tls: KernelTls,
+    pub upstream: Sock,
     up_flow: Flow,
     down_flow: Flow,
     up: Up,
     down: Down,
-    /// A KeyUpdate of ours is due, because the client asked for one or our key is used up.
-    key_update_due: bool,
-    storm: Storm,
-    /// SO_RCVLOWAT stands above 1, because a partial record would wake us for ever; read again when this is over.
-    low_water: Option<Pin<Box<Sleep>>>,
 }
 
 impl Kernel {
     /// `to_upstream` is plaintext that the userspace relay has opened and not handed on.
-    pub fn new(link: Link, keys: KernelKeys, to_upstream: Spare, up: Up, down: Down) -> Self {
-        let splicer = match link.worker.splice {
-            crate::config::SpliceMode::Ring => Splicer::Ring,
-            crate::config::SpliceMode::Inline | crate::config::SpliceMode::Auto => Splicer::Inline,
-        };
+    pub fn new(tls: KernelTls, upstream: Sock, to_upstream: Spare, up: Up, down: Down) -> Self {
+        let splicer = tls.splicer();
         Self {
-            link,
-            keys,
+            tls,
+            upstream,
             up_flow: Flow::new(splicer, to_upstream),
             down_flow: Flow::new(splicer, Spare::default()),
             up,
             down,
-            key_update_due: false,
-            storm: Storm::default(),
-            low_water: None,
         }
     }
 
@@ -82,16 +60,16 @@ impl Kernel {
                 return Poll::Ready(ended);
             }
             if up == Turn::Again || down == Turn::Again {
-                ready!(self.link.poll_next_turn(cx));
+                ready!(self.tls.client.poll_next_turn(cx));
                 continue;
             }
             let want = self.want();
-            if want.client_read && !self.raise_low_water() {
+            if want.client_read && !self.tls.raise_low_water() {
                 continue;
             }
-            let ready = self.link.poll_ready(cx, want);
-            if self.lower_low_water(cx) && ready.is_pending() {
-                self.link.client.readable = true;
+            let ready = self.tls.client.poll_ready(cx, Some(&mut self.upstream), want);
+            if self.tls.lower_low_water(cx) && ready.is_pending() {
+                self.tls.client.sock.readable = true;
                 continue;
             }
             if let Err(verdict) = ready!(ready)
@@ -113,8 +91,8 @@ impl Kernel {
         let no_rekey = matches!(self.up, Up::Broken(End::NoRekey));
         if verdict == Verdict::TimedOut && no_rekey && self.down == Down::Open {
             // The download has been silent: it is drained, and ends like one that the upstream has ended.
-            self.link.watch.forgive();
-            self.link.watch.allow(HALF_OPEN_TIMEOUT);
+            self.tls.client.watch.forgive();
+            self.tls.client.watch.allow(HALF_OPEN_TIMEOUT);
             self.down = Down::Closing;
             return None;
         }
@@ -127,46 +105,13 @@ impl Kernel {
 
     fn want(&self) -> Want {
         let (up, down) = (&self.up_flow, &self.down_flow);
-        let down_waits = !down.fills() || self.down == Down::Closing || self.key_update_due;
+        let down_waits = !down.fills() || self.down == Down::Closing || self.tls.owes_key_update();
         Want {
-            client_read: self.up == Up::Open && up.fills() && !up.is_in_flight() && !self.link.client.readable,
-            upstream_write: !up.fills() && !up.is_in_flight() && !self.link.upstream.writable,
-            upstream_read: self.down == Down::Open
-                && down.fills()
-                && !down.is_in_flight()
-                && !self.link.upstream.readable,
-            client_write: down_waits && !down.is_in_flight() && !self.link.client.writable,
+            client_read: self.up == Up::Open && up.fills() && !up.is_in_flight() && !self.tls.client.sock.readable,
+            upstream_write: !up.fills() && !up.is_in_flight() && !self.upstream.writable,
+            upstream_read: self.down == Down::Open && down.fills() && !down.is_in_flight() && !self.upstream.readable,
+            client_write: down_waits && !down.is_in_flight() && !self.tls.client.sock.writable,
         }
-    }
-
-    /// Where a partial record counts as readable, asks to be woken by the next byte instead. False: read again, as
-    /// more than the bytes counted here may have come before the mark was set.
-    fn raise_low_water(&mut self) -> bool {
-        let armed = self.low_water.is_some() || self.link.client.read_armed();
-        if !self.link.worker.kernel.partial_record_wakes || armed {
-            return true;
-        }
-        match socket::readable_bytes(self.link.client.fd()) {
-            Ok(partial) if partial > 0 => {
-                let _ = socket::set_receive_low_water(self.link.client.fd(), partial + 1);
-                self.low_water = Some(Box::pin(tokio::time::sleep(PARTIAL_RECORD_RETRY)));
-                self.link.client.readable = true;
-                false
-            }
-            Ok(_) | Err(_) => true,
-        }
-    }
-
-    /// Back to 1 as soon as the poll has ended. True: it has not, and it is time to read all the same, because the
-    /// kernel may have taken the bytes that were counted out of the queue, and then the mark is never reached.
-    fn lower_low_water(&mut self, cx: &mut Context<'_>) -> bool {
-        let Some(retry) = &mut self.low_water else { return false };
-        let over = retry.as_mut().poll(cx).is_ready();
-        if over || !self.link.client.read_armed() {
-            let _ = socket::set_receive_low_water(self.link.client.fd(), 1);
-            self.low_water = None;
-        }
-        over
     }
 
     // ---- client to upstream
@@ -181,10 +126,10 @@ impl Kernel {
                 return Ok(Turn::Wait);
             }
             if self.up == Up::Closing {
-                let _ = socket::shutdown(self.link.upstream.fd(), Half::Write);
+                let _ = socket::shutdown(self.upstream.fd(), Half::Write);
                 self.up = Up::Finished;
             }
-            if self.up != Up::Open || !self.link.client.readable && !self.up_flow.is_in_flight() {
+            if self.up != Up::Open || !self.tls.client.sock.readable && !self.up_flow.is_in_flight() {
                 self.up_flow.rest();
                 return Ok(Turn::Wait);
             }
@@ -200,8 +145,8 @@ impl Kernel {
 
     /// True when all has gone to the upstream.
     fn drain_up(&mut self, cx: &mut Context<'_>) -> bool {
-        let counters = &self.link.worker.counters;
-        match self.up_flow.drain(cx, &mut self.link.upstream, |n| counters.up_spliced.add(n as u64)) {
+        let counters = &self.tls.client.worker.counters;
+        match self.up_flow.drain(cx, &mut self.upstream, |n| counters.up_spliced.add(n as u64)) {
             Ok(drained) => drained == Drained::Empty,
             Err(_) => {
                 // The upstream takes no more: it may still have an answer, so only this direction ends.
@@ -214,119 +159,27 @@ impl Kernel {
     fn break_up(&mut self, how: End, silence: Duration) {
         self.up = Up::Broken(how);
         self.up_flow.rest();
-        self.link.watch.allow_at_most(silence);
+        self.tls.client.watch.allow_at_most(silence);
     }
 
     /// Takes one record or what is at the head instead; gives the bytes taken.
     fn fill_up(&mut self, cx: &mut Context<'_>) -> Result<Poll<usize>, Ended> {
-        if !self.up_flow.has_pipe(&self.link.share) {
-            return self.read_head(None).map(Poll::Ready);
-        }
-        let held = self.up_flow.in_pipe();
-        let Poll::Ready(result) = self.up_flow.poll_fill(cx, &self.link.client, TURN_BYTES) else {
+        self.tls.is_sending = self.down_flow.is_in_flight();
+        let worker = self.tls.client.worker.clone();
+        let mut scratch = worker.scratch.borrow_mut();
+        let Poll::Ready(received) = self.tls.fill(cx, &mut self.up_flow, &mut scratch, usize::MAX) else {
             return Ok(Poll::Pending);
         };
-        match result {
-            Ok(n) if n > 0 => {
-                self.took_data(n);
-                // Less than a full record, most likely the last one for now; a poll tells if it was not.
-                self.link.client.readable &= n >= PLAIN_BYTES;
-                let room = (held + n) / PLAIN_BYTES + 2;
-                let gather = self.link.worker.kernel.short_splice_safe
-                    && self.link.client.readable
-                    && held + n < GATHER_BYTES
-                    && room * RECORD_PIPE_PAGES <= self.up_flow.pipe_pages();
-                if !gather {
-                    self.up_flow.turn_to_drain();
-                }
-                Ok(Poll::Ready(n))
-            }
-            Err(e) if socket::is_again(&e) => {
-                self.link.client.readable = false;
-                if held > 0 {
-                    self.up_flow.turn_to_drain();
-                }
-                Ok(Poll::Ready(0))
-            }
-            // The error is told once; a read after it would say that the stream has ended.
-            Err(e) if is_gone(&e) => Err(Ended::abort(End::ClientReset)),
-            _ if held > 0 => {
-                // What is in the pipe came first; afterwards splice refuses again.
-                self.up_flow.turn_to_drain();
-                Ok(Poll::Ready(0))
-            }
-            Ok(_) => self.read_head(None).map(Poll::Ready),
-            Err(e) => self.read_head(Some(e)).map(Poll::Ready),
+        let received = received?;
+        match received.then {
+            Then::Open => {}
+            Then::Closed => self.up = Up::Closing,
+            Then::Truncated => self.break_up(End::ClientTruncated, HALF_OPEN_TIMEOUT),
+            // Sending is healthy: the download goes on.
+            Then::NoRekey => self.break_up(End::NoRekey, NO_REKEY_QUIET),
+            Then::Refused(ended) => return Err(ended),
         }
-    }
-
-    fn took_data(&mut self, bytes: usize) {
-        self.storm.received_data();
-        self.link.moved_up += bytes as u64;
-        self.link.watch.touch();
-    }
-
-    /// Reads what splice would not take, or what there is no pipe for; gives the bytes of data.
-    fn read_head(&mut self, refused: Option<io::Error>) -> Result<usize, Ended> {
-        let worker = self.link.worker.clone();
-        let mut scratch = worker.scratch.borrow_mut();
-        let buffer = &mut scratch.received[..COPY_BYTES];
-        match record::read_head(self.link.client.fd(), buffer, self.keys.is_tls12()) {
-            Head::Data(0) | Head::Ignored => {}
-            Head::Data(n) => {
-                self.took_data(n);
-                worker.counters.up_copied.add(n as u64);
-                self.up_flow.copy(&buffer[..n]);
-                return Ok(n);
-            }
-            Head::CloseNotify => self.up = Up::Closing,
-            Head::Eof => self.break_up(End::ClientTruncated, HALF_OPEN_TIMEOUT),
-            Head::KeyUpdate { reply } => self.key_update_received(reply)?,
-            Head::Renegotiation => {
-                let alert = Some(alert::NO_RENEGOTIATION);
-                return Err(self.refuse(Fatal { how: End::Renegotiation, alert }));
-            }
-            Head::Nothing => match refused {
-                // Splice refused and nothing is there: a malformed header was reported once, and never again.
-                Some(e) => return Err(self.refuse(record::read_error(&e))),
-                None => self.link.client.readable = false,
-            },
-            Head::Fatal(fatal) => return Err(self.refuse(fatal)),
-        }
-        Ok(0)
-    }
-
-    fn key_update_received(&mut self, reply: bool) -> Result<(), Ended> {
-        let counters = &self.link.worker.counters;
-        counters.key_updates_received.add(1);
-        if self.storm.received_key_update() {
-            return Err(self.refuse(Fatal { how: End::KeyUpdateStorm, alert: Some(alert::UNEXPECTED_MESSAGE) }));
-        }
-        if !self.link.worker.kernel.rekey {
-            // Reading on would fail and take the sending side with it. Sending is healthy: the download goes on.
-            self.break_up(End::NoRekey, NO_REKEY_QUIET);
-            return Ok(());
-        }
-        if let Err(e) = self.keys.renew(self.link.client.fd(), Direction::Rx) {
-            tracing::warn!(stage = "relay", reason = %e, "setting the client's new key failed");
-            return Err(self.refuse(Fatal { how: End::Internal, alert: Some(alert::INTERNAL_ERROR) }));
-        }
-        self.key_update_due |= reply;
-        Ok(())
-    }
-
-    /// Ends the connection, with an alert where the client can be told.
-    fn refuse(&mut self, fatal: Fatal) -> Ended {
-        let Some(body) = fatal.alert else { return Ended::abort(fatal.how) };
-        // A failed read leaves its error on the socket, where it would stop the alert too.
-        let _ = socket::take_error(self.link.client.fd());
-        if !self.down_flow.is_in_flight() {
-            let _ = ktls::send_record(self.link.client.fd(), content_type::ALERT, &body);
-            if fatal.how == End::Renegotiation {
-                let _ = ktls::send_record(self.link.client.fd(), content_type::ALERT, &alert::CLOSE_NOTIFY);
-            }
-        }
-        Ended { how: fatal.how, client: ClientEnd::Await, upstream: UpstreamEnd::Reset }
+        Ok(Poll::Ready(received.bytes))
     }
 
     // ---- upstream to client
@@ -337,7 +190,7 @@ impl Kernel {
             if self.down == Down::Finished {
                 return Ok(Turn::Wait);
             }
-            if self.key_update_due && !self.down_flow.is_in_flight() && !self.send_key_update()? {
+            if self.tls.owes_key_update() && !self.down_flow.is_in_flight() && !self.tls.send_key_update()? {
                 return Ok(Turn::Wait);
             }
             if !self.down_flow.fills() && !self.drain_down(cx)? {
@@ -348,14 +201,14 @@ impl Kernel {
                 Down::Closing => return self.close_down(),
                 Down::Notified | Down::Broken | Down::Finished => return Ok(Turn::Wait),
             }
-            if !self.link.upstream.readable && !self.down_flow.is_in_flight() {
+            if !self.upstream.readable && !self.down_flow.is_in_flight() {
                 self.down_flow.rest();
                 return Ok(Turn::Wait);
             }
             if budget == 0 {
                 return Ok(Turn::Again);
             }
-            if !self.down_flow.is_in_flight() && self.keys.is_used_up(self.link.client.fd()) {
+            if !self.down_flow.is_in_flight() && self.tls.is_used_up() {
                 self.key_used_up();
                 continue;
             }
@@ -368,44 +221,40 @@ impl Kernel {
 
     /// True when all has gone to the client.
     fn drain_down(&mut self, cx: &mut Context<'_>) -> Result<bool, Ended> {
-        let (keys, counters) = (&mut self.keys, &self.link.worker.counters);
-        let storm = &mut self.storm;
-        let note = |n: usize| {
-            counters.down_spliced.add(n as u64);
-            keys.sealed(n);
-            storm.sent_data(n);
-        };
-        match self.down_flow.drain(cx, &mut self.link.client, note) {
+        let mut spliced = 0;
+        let drained = self.down_flow.drain(cx, &mut self.tls.client.sock, |n| spliced += n);
+        if spliced > 0 {
+            self.tls.client.worker.counters.down_spliced.add(spliced as u64);
+            self.tls.sealed(spliced);
+        }
+        match drained {
             Ok(drained) => Ok(drained == Drained::Empty),
             Err(_) => Err(Ended::abort(End::ClientReset)),
         }
     }
 
-    /// Asked between two pipes, so that nothing on the way is lost: what is in reserve covers the next one.
     fn key_used_up(&mut self) {
-        if self.keys.can_renew(&self.link.worker.kernel) {
-            self.key_update_due = true;
-        } else {
+        if !self.tls.renew_key() {
             self.up = Up::Broken(End::KeyExhausted);
             self.down = Down::Closing;
         }
     }
 
     fn fill_down(&mut self, cx: &mut Context<'_>) -> Poll<usize> {
-        let result = if self.down_flow.has_pipe(&self.link.share) {
-            ready!(self.down_flow.poll_fill(cx, &self.link.upstream, TURN_BYTES))
+        let result = if self.down_flow.has_pipe(&self.tls.client.share) {
+            ready!(self.down_flow.poll_fill(cx, &self.upstream, TURN_BYTES))
         } else {
             self.copy_down()
         };
         match result {
             Ok(0) => self.down = Down::Closing,
             Ok(n) => {
-                self.link.moved_down += n as u64;
-                self.link.watch.touch();
-                self.link.upstream.readable &= n >= PLAIN_BYTES;
+                self.tls.client.moved_down += n as u64;
+                self.tls.client.watch.touch();
+                self.upstream.readable &= n >= PLAIN_BYTES;
             }
             Err(e) if socket::is_again(&e) => {
-                self.link.upstream.readable = false;
+                self.upstream.readable = false;
                 return Poll::Ready(0);
             }
             Err(_) => self.down = Down::Broken,
@@ -415,66 +264,32 @@ impl Kernel {
     }
 
     fn copy_down(&mut self) -> io::Result<usize> {
-        let worker = self.link.worker.clone();
+        let worker = self.tls.client.worker.clone();
         let mut scratch = worker.scratch.borrow_mut();
-        let n = socket::recv(self.link.upstream.fd(), &mut scratch.received[..COPY_BYTES])?;
+        // What the client does not take is kept: little, until it has shown that it reads.
+        let max = if self.tls.client.sock.is_wide() { COPY_BYTES } else { PLAIN_BYTES };
+        let n = socket::recv(self.upstream.fd(), &mut scratch.received[..max])?;
         self.down_flow.copy(&scratch.received[..n]);
         worker.counters.down_copied.add(n as u64);
-        self.keys.sealed(n);
-        self.storm.sent_data(n);
+        self.tls.sealed(n);
         Ok(n)
-    }
-
-    /// Sends the KeyUpdate that is due, and seals under the new key from there on. False: the socket is full.
-    fn send_key_update(&mut self) -> Result<bool, Ended> {
-        if !self.link.client.writable {
-            return Ok(false);
-        }
-        match ktls::send_record(self.link.client.fd(), content_type::HANDSHAKE, &record::KEY_UPDATE) {
-            Ok(()) => {}
-            Err(e) if socket::is_again(&e) => {
-                // Nothing went out. The key must not change before the message that says so.
-                self.link.client.writable = false;
-                return Ok(false);
-            }
-            Err(_) => return Err(Ended::abort(End::ClientReset)),
-        }
-        if let Err(e) = self.keys.renew(self.link.client.fd(), Direction::Tx) {
-            tracing::warn!(stage = "relay", reason = %e, "setting our new key failed");
-            return Err(Ended::abort(End::Internal));
-        }
-        self.key_update_due = false;
-        self.link.worker.counters.key_updates_sent.add(1);
-        Ok(true)
     }
 
     /// Pipe empty, socket writable, close_notify, FIN: any other order can cut a record that the kernel still holds.
     fn close_down(&mut self) -> Result<Turn, Ended> {
         self.down_flow.rest();
-        let writable =
-            socket::poll_now(self.link.client.fd(), libc::POLLOUT).map_err(|_| Ended::abort(End::Internal))?;
-        if writable & libc::POLLOUT == 0 {
-            self.link.client.writable = false;
-            return Ok(Turn::Wait);
-        }
-        match ktls::send_record(self.link.client.fd(), content_type::ALERT, &alert::CLOSE_NOTIFY) {
-            Ok(()) => {
-                let _ = socket::shutdown(self.link.client.fd(), Half::Write);
+        match self.tls.send_close_notify() {
+            Ok(true) => {
+                let _ = socket::shutdown(self.tls.client.sock.fd(), Half::Write);
                 self.down = Down::Finished;
-                self.link.watch.allow_at_most(HALF_OPEN_TIMEOUT);
-                Ok(Turn::Wait)
+                self.tls.client.watch.allow_at_most(HALF_OPEN_TIMEOUT);
             }
-            Err(e) if socket::is_again(&e) => {
-                self.link.client.writable = false;
-                Ok(Turn::Wait)
-            }
+            Ok(false) => {}
             // The client has said its last word and did not wait for ours.
-            Err(_) if self.up == Up::Finished => {
-                self.down = Down::Finished;
-                Ok(Turn::Wait)
-            }
-            Err(_) => Err(Ended::abort(End::ClientReset)),
+            Err(_) if self.up == Up::Finished => self.down = Down::Finished,
+            Err(_) => return Err(Ended::abort(End::ClientReset)),
         }
+        Ok(Turn::Wait)
     }
 }
 
@@ -485,9 +300,7 @@ impl Future for Run<'_> {
     type Output = Ended;
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Ended> {
         let ended = ready!(self.0.poll(cx));
-        if self.0.low_water.is_some() {
-            let _ = socket::set_receive_low_water(self.0.link.client.fd(), 1);
-        }
+        self.0.tls.reset_low_water();
         Poll::Ready(ended)
     }
 }

@@ -21,15 +21,18 @@ const FRAGMENT_RECORDS: u64 = 17;
 /// What derives the keys (RFC 8446 section 7.2), and what they are for.
 pub struct Keyring {
     secrets: Box<KernelConnection<ServerConnectionData>>,
-    pub suite: SupportedCipherSuite,
     /// Records that one key of ours may protect.
     limit: u64,
 }
 
 impl Keyring {
     fn new(secrets: KernelConnection<ServerConnectionData>, records_per_key: u64) -> Self {
-        let suite = secrets.negotiated_cipher_suite();
-        Self { suite, limit: record_limit(suite, records_per_key), secrets: Box::new(secrets) }
+        let limit = record_limit(secrets.negotiated_cipher_suite(), records_per_key);
+        Self { limit, secrets: Box::new(secrets) }
+    }
+
+    pub fn suite(&self) -> SupportedCipherSuite {
+        self.secrets.negotiated_cipher_suite()
     }
 
     pub fn is_tls12(&self) -> bool {
@@ -64,7 +67,7 @@ impl UserKeys {
         let ring = Keyring::new(secrets, records_per_key);
         let ExtractedSecrets { tx: (tx_sequence, tx_secret), rx: (rx_sequence, rx_secret) } = extracted;
         let protection = |sequence, secret: &_| {
-            Protection::new(ring.suite, sequence, secret).ok_or_else(|| io::Error::from(io::ErrorKind::Unsupported))
+            Protection::new(ring.suite(), sequence, secret).ok_or_else(|| io::Error::from(io::ErrorKind::Unsupported))
         };
         let (tx, rx) = (protection(tx_sequence, &tx_secret)?, protection(rx_sequence, &rx_secret)?);
         Ok(Self { ring, tx, rx, tx_secret, rx_secret })
@@ -73,7 +76,7 @@ impl UserKeys {
     /// Goes on to the next key of a direction.
     pub fn renew(&mut self, direction: Direction) -> io::Result<()> {
         let secret = self.ring.next(direction)?;
-        let protection = Protection::new(self.ring.suite, 0, &secret).ok_or(io::ErrorKind::Unsupported)?;
+        let protection = Protection::new(self.ring.suite(), 0, &secret).ok_or(io::ErrorKind::Unsupported)?;
         match direction {
             Direction::Tx => (self.tx, self.tx_secret) = (protection, secret),
             Direction::Rx => (self.rx, self.rx_secret) = (protection, secret),
@@ -92,11 +95,10 @@ impl UserKeys {
         let Self { ring, tx, rx, tx_secret, rx_secret } = self;
         let sequence = tx.sequence();
         for (direction, used) in [(Direction::Tx, (sequence, tx_secret)), (Direction::Rx, (rx.sequence(), rx_secret))] {
-            let keys = Keys::new(ring.suite, direction, used).ok_or(io::ErrorKind::Unsupported.into());
+            let keys = Keys::new(ring.suite(), direction, used).ok_or(io::ErrorKind::Unsupported.into());
             keys.and_then(|k| k.install(client, direction)).map_err(|e| (direction, e))?;
         }
-        let limit = ring.limit - RESERVE_RECORDS.min(ring.limit / 2);
-        Ok(KernelKeys { ring, sealed_at_most: sequence, limit })
+        Ok(KernelKeys { ring, sealed_at_most: sequence })
     }
 }
 
@@ -105,7 +107,6 @@ pub struct KernelKeys {
     ring: Keyring,
     /// Records that our key has protected, or more: counting exactly would cost a system call each time.
     sealed_at_most: u64,
-    limit: u64,
 }
 
 impl KernelKeys {
@@ -121,7 +122,7 @@ impl KernelKeys {
     /// Installs the next key of a direction.
     pub fn renew(&mut self, client: BorrowedFd<'_>, direction: Direction) -> io::Result<()> {
         let secret = self.ring.next(direction)?;
-        let keys = Keys::new(self.ring.suite, direction, (0, secret)).ok_or(io::ErrorKind::Unsupported)?;
+        let keys = Keys::new(self.ring.suite(), direction, (0, secret)).ok_or(io::ErrorKind::Unsupported)?;
         keys.install(client, direction)?;
         if direction == Direction::Tx {
             self.sealed_at_most = 0;
@@ -136,12 +137,13 @@ impl KernelKeys {
 
     /// Our key has protected all that it may. Asks the kernel only when the estimate says so.
     pub fn is_used_up(&mut self, client: BorrowedFd<'_>) -> bool {
-        if self.sealed_at_most < self.limit {
+        let limit = self.ring.limit - RESERVE_RECORDS.min(self.ring.limit / 2);
+        if self.sealed_at_most < limit {
             return false;
         }
         if let Ok(exact) = ktls::record_sequence(client, Direction::Tx) {
             self.sealed_at_most = exact;
         }
-        self.sealed_at_most >= self.limit
+        self.sealed_at_most >= limit
     }
 }

@@ -115,6 +115,50 @@ pub fn unacknowledged(socket: BorrowedFd<'_>) -> io::Result<usize> {
     ioctl_int(socket, libc::TIOCOUTQ)
 }
 
+/// Bytes in the send queue that were never sent (SIOCOUTQNSD, linux/sockios.h).
+pub fn unsent(socket: BorrowedFd<'_>) -> io::Result<usize> {
+    const SIOCOUTQNSD: libc::c_ulong = 0x894b;
+    ioctl_int(socket, SIOCOUTQNSD)
+}
+
+/// What TCP_INFO says of a connection, as far as it is looked at.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct TcpInfo {
+    /// The largest packet on the way to the peer.
+    pub path_mtu_bytes: u32,
+    pub rtt_us: u32,
+    pub retransmits: u32,
+    /// Payload since the connection began.
+    pub bytes_acked: u64,
+    pub bytes_received: u64,
+}
+
+/// Places in `struct tcp_info` (include/uapi/linux/tcp.h) in words of 4 bytes; libc's own definition ends before.
+const TCP_INFO_PMTU: usize = 15;
+const TCP_INFO_RTT: usize = 17;
+const TCP_INFO_RETRANSMITS: usize = 25;
+const TCP_INFO_ACKED: usize = 30;
+const TCP_INFO_RECEIVED: usize = 32;
+const TCP_INFO_WORDS: usize = 34;
+
+pub fn tcp_info(socket: BorrowedFd<'_>) -> io::Result<TcpInfo> {
+    let mut words = [0_u32; TCP_INFO_WORDS];
+    let mut len = size_of_val(&words) as libc::socklen_t;
+    // SAFETY: the kernel writes at most `len` bytes, the size of the array, which outlives the call.
+    let r = unsafe {
+        libc::getsockopt(socket.as_raw_fd(), libc::IPPROTO_TCP, libc::TCP_INFO, words.as_mut_ptr().cast(), &mut len)
+    };
+    cvt(r)?;
+    let long = |at: usize| u64::from(words[at]) | u64::from(words[at + 1]) << 32;
+    Ok(TcpInfo {
+        path_mtu_bytes: words[TCP_INFO_PMTU],
+        rtt_us: words[TCP_INFO_RTT],
+        retransmits: words[TCP_INFO_RETRANSMITS],
+        bytes_acked: long(TCP_INFO_ACKED),
+        bytes_received: long(TCP_INFO_RECEIVED),
+    })
+}
+
 /// Bytes in the receive queue (FIONREAD).
 pub fn readable_bytes(socket: BorrowedFd<'_>) -> io::Result<usize> {
     ioctl_int(socket, libc::FIONREAD)
@@ -122,43 +166,9 @@ pub fn readable_bytes(socket: BorrowedFd<'_>) -> io::Result<usize> {
 
 fn ioctl_int(socket: BorrowedFd<'_>, request: libc::c_ulong) -> io::Result<usize> {
     let mut value: libc::c_int = 0;
-    // SAFETY: both requests write one int (tcp(7)), and `value` outlives the call.
+    // SAFETY: these requests write one int (tcp(7)), and `value` outlives the call.
     cvt(unsafe { libc::ioctl(socket.as_raw_fd(), request as _, &mut value) })?;
     Ok(usize::try_from(value).unwrap_or(0))
-}
-
-/// What TCP_INFO says of a connection, as far as people look at it.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct TcpInfo {
-    pub rtt_us: u32,
-    pub retransmits: u32,
-    pub bytes_acked: u64,
-    pub bytes_received: u64,
-}
-
-/// Places in `struct tcp_info` (include/uapi/linux/tcp.h), which libc's own definition ends before.
-const TCP_INFO_RTT: usize = 68;
-const TCP_INFO_RETRANSMITS: usize = 100;
-const TCP_INFO_ACKED: usize = 120;
-const TCP_INFO_RECEIVED: usize = 128;
-const TCP_INFO_BYTES: usize = 136;
-
-pub fn tcp_info(socket: BorrowedFd<'_>) -> io::Result<TcpInfo> {
-    let mut bytes = [0_u8; TCP_INFO_BYTES];
-    let mut len = TCP_INFO_BYTES as libc::socklen_t;
-    // SAFETY: the kernel writes at most `len` bytes, the size of the array, which outlives the call.
-    let r = unsafe {
-        libc::getsockopt(socket.as_raw_fd(), libc::IPPROTO_TCP, libc::TCP_INFO, bytes.as_mut_ptr().cast(), &mut len)
-    };
-    cvt(r)?;
-    let word = |at: usize| bytes[at..at + 4].iter().rev().fold(0_u32, |word, byte| word << 8 | u32::from(*byte));
-    let long = |at: usize| u64::from(word(at)) | u64::from(word(at + 4)) << 32;
-    Ok(TcpInfo {
-        rtt_us: word(TCP_INFO_RTT),
-        retransmits: word(TCP_INFO_RETRANSMITS),
-        bytes_acked: long(TCP_INFO_ACKED),
-        bytes_received: long(TCP_INFO_RECEIVED),
-    })
 }
 
 /// Takes and clears the pending error (SO_ERROR): after it an alert can still be sent on a TLS socket.
@@ -175,6 +185,13 @@ pub fn set_receive_low_water(socket: BorrowedFd<'_>, bytes: usize) -> io::Result
 /// TCP_NOTSENT_LOWAT: caps what lies unsent in the send queue, so that a stalled reader holds no more.
 pub fn set_unsent_limit(socket: BorrowedFd<'_>, bytes: usize) -> io::Result<()> {
     set_int(socket, libc::IPPROTO_TCP, libc::TCP_NOTSENT_LOWAT, i32::try_from(bytes).unwrap_or(i32::MAX))
+}
+
+/// Whether the kernel adapts the receive buffer to what is read (SO_BUF_LOCK, Linux 5.14); without, it stays as it is.
+pub fn set_receive_autotuning(socket: BorrowedFd<'_>, on: bool) -> io::Result<()> {
+    const SO_BUF_LOCK: i32 = 72;
+    const SOCK_RCVBUF_LOCK: i32 = 2;
+    set_int(socket, libc::SOL_SOCKET, SO_BUF_LOCK, if on { 0 } else { SOCK_RCVBUF_LOCK })
 }
 
 pub fn set_nodelay(socket: BorrowedFd<'_>) -> io::Result<()> {

@@ -1,38 +1,41 @@
 //! Finds the certificates and keys of the configuration and pairs them by public key, whatever the files are called.
 //!
-//!   paths ─▶ files (folders one level deep) ─▶ chains and keys ─▶ pairs ─▶ resolver by name
+//!   Source (all files' bytes) ─▶ chains and keys ─▶ judge ─▶ pairs ─▶ resolver by name
 //!
-//! Everything that is wrong is reported together, each fault with its file and what mends it. Whether a chain leads
-//! to a root that clients trust is not asked here.
+//! Everything that is wrong is reported together, each fault with its file and what mends it. What is odd and yet
+//! served is a warning.
 
+use super::judge::{Measure, Severity, judge};
 use super::pem::{self, Key};
 use super::resolver::Resolver;
+use super::source::Source;
+use super::x509::Seen;
+use crate::config::Tls;
 use rustls::SignatureAlgorithm;
 use rustls::crypto::aws_lc_rs::sign::any_supported_type;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
-use rustls::server::ResolvesServerCert;
 use rustls::sign::{CertifiedKey, SigningKey};
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use x509_parser::prelude::{ASN1Time, FromDer, GeneralName, X509Certificate};
 
 /// Every certificate that can be served. Never empty.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Certificates {
     served: Vec<Served>,
     resolver: Arc<Resolver>,
+    warnings: Vec<Fault>,
 }
 
 /// One certificate with its key.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Served {
     /// DNS names in lower case, as SNI asks for them; the first one is the certificate's main name.
     pub names: Vec<String>,
     /// `ECDSA`, `RSA`, or another algorithm by rustls' name.
     pub key_kind: String,
-    /// Certificates in the chain, the leaf included.
-    pub chain_length: usize,
+    /// The leaf first.
+    pub chain: Vec<Seen>,
     /// For people, UTC.
     pub not_after: String,
     /// The same in seconds since 1970.
@@ -40,7 +43,7 @@ pub struct Served {
     /// Empty for a certificate that came from no file.
     pub certificate_file: PathBuf,
     pub key_file: PathBuf,
-    certified: Arc<CertifiedKey>,
+    pub certified: Arc<CertifiedKey>,
 }
 
 /// All that is wrong with the certificates of a configuration.
@@ -71,22 +74,30 @@ impl fmt::Display for Faults {
 }
 
 impl Certificates {
-    /// Reads every file that `paths` name, folders one level deep.
+    /// Reads and judges every file that the configuration names, folders one level deep.
     ///
     /// # Errors
     /// Every fault that was found.
-    pub fn load(paths: &[PathBuf]) -> Result<Self, Faults> {
-        let mut found = Found::default();
-        for path in paths {
-            found.read_path(path);
+    pub fn load(tls: &Tls) -> Result<Self, Faults> {
+        Self::of_source(&Source::read(&tls.certificates), tls)
+    }
+
+    /// Judges what was read.
+    ///
+    /// # Errors
+    /// Every fault that was found.
+    pub fn of_source(source: &Source, tls: &Tls) -> Result<Self, Faults> {
+        let mut found = Found { faults: source.faults.clone(), ..Found::default() };
+        for file in &source.files {
+            found.read_file(&file.path, pem::parse(&file.path, &file.text, file.mode), file.named);
         }
-        let served = found.pair();
+        let served = found.pair(Measure { policy: tls.policy, ocsp: tls.ocsp });
         if served.is_empty() && found.faults.is_empty() {
-            for path in paths {
+            for path in &source.paths {
                 found.fault(path, "holds no certificate with its private key (PEM)");
             }
         }
-        match Self::of(served) {
+        match Self::of(served, found.warnings) {
             Some(certificates) if found.faults.is_empty() => Ok(certificates),
             Some(_) | None => Err(Faults(found.faults)),
         }
@@ -98,40 +109,62 @@ impl Certificates {
     /// The two do not belong together, or are none.
     pub fn from_der(chain: Vec<CertificateDer<'static>>, key: PrivateKeyDer<'static>) -> Result<Self, String> {
         let key = signing_key(&Key::new(key))?;
-        let leaf = chain.first().ok_or("no certificate")?;
-        let leaf = Leaf::parse(leaf)?;
-        if !leaf.belongs_to(&*key) {
+        let chain = Chain::read(PathBuf::new(), chain)?;
+        if !chain.belongs_to(&*key) {
             return Err("the key is not the certificate's".to_owned());
         }
-        let served = Served::new(&Chain { file: PathBuf::new(), leaf, chain }, PathBuf::new(), key);
-        Self::of(vec![served]).ok_or_else(|| "no certificate".to_owned())
+        let served = Served::new(&chain, PathBuf::new(), key);
+        Self::of(vec![served], Vec::new()).ok_or_else(|| "no certificate".to_owned())
     }
 
-    fn of(served: Vec<Served>) -> Option<Self> {
+    fn of(served: Vec<Served>, warnings: Vec<Fault>) -> Option<Self> {
         let resolver = Resolver::new(served.iter().map(|one| (one.names.as_slice(), Arc::clone(&one.certified))))?;
-        Some(Self { served, resolver: Arc::new(resolver) })
+        Some(Self { served, resolver: Arc::new(resolver), warnings })
+    }
+
+    /// The same certificates with these staples, one for each or none.
+    pub fn with_staples(mut self, staples: &[Option<Vec<u8>>]) -> Self {
+        for (served, staple) in self.served.iter_mut().zip(staples) {
+            let mut certified = CertifiedKey::clone(&served.certified);
+            certified.ocsp.clone_from(staple);
+            served.certified = Arc::new(certified);
+        }
+        match Self::of(std::mem::take(&mut self.served), std::mem::take(&mut self.warnings)) {
+            Some(stapled) => stapled,
+            None => self,
+        }
+    }
+
+    /// What is odd and yet served.
+    pub fn warnings(&self) -> &[Fault] {
+        &self.warnings
+    }
+
+    /// Every DNS name that is served.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.served.iter().flat_map(|one| &one.names).map(String::as_str)
     }
 
     pub fn served(&self) -> &[Served] {
         &self.served
     }
 
-    pub fn resolver(&self) -> Arc<dyn ResolvesServerCert> {
-        Arc::clone(&self.resolver) as Arc<dyn ResolvesServerCert>
+    pub fn resolver(&self) -> Arc<Resolver> {
+        Arc::clone(&self.resolver)
     }
 }
 
 impl Served {
     fn new(chain: &Chain, key_file: PathBuf, key: Arc<dyn SigningKey>) -> Self {
         Self {
-            names: chain.leaf.names.clone(),
+            names: chain.leaf().names.clone(),
             key_kind: kind(&*key),
-            chain_length: chain.chain.len(),
-            not_after: chain.leaf.not_after.to_string(),
-            not_after_seconds: chain.leaf.not_after.timestamp(),
+            not_after: chain.leaf().not_after.to_string(),
+            not_after_seconds: chain.leaf().not_after.timestamp(),
+            chain: chain.seen.clone(),
             certificate_file: chain.file.clone(),
             key_file,
-            certified: Arc::new(CertifiedKey::new(chain.chain.clone(), key)),
+            certified: Arc::new(CertifiedKey::new(chain.der.clone(), key)),
         }
     }
 }
@@ -151,12 +184,35 @@ struct Found {
     chains: Vec<Chain>,
     keys: Vec<(PathBuf, Arc<dyn SigningKey>)>,
     faults: Vec<Fault>,
+    warnings: Vec<Fault>,
 }
 
 struct Chain {
     file: PathBuf,
-    leaf: Leaf,
-    chain: Vec<CertificateDer<'static>>,
+    /// Never empty, as is `der`.
+    seen: Vec<Seen>,
+    der: Vec<CertificateDer<'static>>,
+}
+
+impl Chain {
+    fn read(file: PathBuf, der: Vec<CertificateDer<'static>>) -> Result<Self, String> {
+        if der.is_empty() {
+            return Err("no certificate".to_owned());
+        }
+        let read = |(index, der): (usize, &_)| {
+            Seen::read(der).map_err(|e| format!("its certificate number {} cannot be read: {e}", index + 1))
+        };
+        let seen = der.iter().enumerate().map(read).collect::<Result<_, _>>()?;
+        Ok(Self { file, seen, der })
+    }
+
+    fn leaf(&self) -> &Seen {
+        &self.seen[0]
+    }
+
+    fn belongs_to(&self, key: &dyn SigningKey) -> bool {
+        key.public_key().is_some_and(|info| info.as_ref() == self.leaf().key_info)
+    }
 }
 
 impl Found {
@@ -164,26 +220,9 @@ impl Found {
         self.faults.push(Fault { file: file.to_path_buf(), message: message.into() });
     }
 
-    fn read_path(&mut self, path: &Path) {
-        if !path.is_dir() {
-            return self.read_file(path, true);
-        }
-        let listed = std::fs::read_dir(path).and_then(Iterator::collect::<Result<Vec<_>, _>>);
-        let mut files: Vec<PathBuf> = match listed {
-            Ok(entries) => entries.into_iter().map(|entry| entry.path()).collect(),
-            Err(error) => return self.fault(path, pem::unreadable(path, &error)),
-        };
-        // The order of a folder is that of its names, on every file system.
-        files.sort();
-        let hidden = |path: &Path| path.file_name().is_some_and(|name| name.as_encoded_bytes().starts_with(b"."));
-        for file in files.iter().filter(|file| !hidden(file) && file.is_file()) {
-            self.read_file(file, false);
-        }
-    }
-
     /// `named`: the configuration names this very file, so it has to hold something.
-    fn read_file(&mut self, path: &Path, named: bool) {
-        let file = match pem::read(path) {
+    fn read_file(&mut self, path: &Path, parsed: Result<pem::PemFile, String>, named: bool) {
+        let file = match parsed {
             Ok(file) => file,
             Err(message) => return self.fault(path, message),
         };
@@ -196,10 +235,12 @@ impl Found {
                 Err(message) => self.fault(path, message),
             }
         }
-        match file.certificates.first().map(Leaf::parse) {
-            None => {}
-            Some(Ok(leaf)) => self.add_chain(Chain { file: path.to_path_buf(), leaf, chain: file.certificates }),
-            Some(Err(message)) => self.fault(path, message),
+        if file.certificates.is_empty() {
+            return;
+        }
+        match Chain::read(path.to_path_buf(), file.certificates) {
+            Ok(chain) => self.add_chain(chain),
+            Err(message) => self.fault(path, message),
         }
     }
 
@@ -212,40 +253,53 @@ impl Found {
 
     /// A certificate that lies in two files (`cert.pem`, `fullchain.pem`) is taken with the longer chain.
     fn add_chain(&mut self, chain: Chain) {
-        match self.chains.iter_mut().find(|other| other.chain[0] == chain.chain[0]) {
-            Some(other) if other.chain.len() < chain.chain.len() => *other = chain,
+        match self.chains.iter_mut().find(|other| other.der[0] == chain.der[0]) {
+            Some(other) if other.der.len() < chain.der.len() => *other = chain,
             Some(_) => {}
             None => self.chains.push(chain),
         }
     }
 
-    fn pair(&mut self) -> Vec<Served> {
+    fn pair(&mut self, measure: Measure) -> Vec<Served> {
         let mut served = Vec::new();
         let mut unused: Vec<bool> = vec![true; self.keys.len()];
-        let mut faults = Vec::new();
-        let mut fault = |file: &Path, message: String| faults.push(Fault { file: file.to_path_buf(), message });
+        let (mut faults, mut warnings) = (Vec::new(), Vec::new());
+        let fault = |file: &Path, message: String| Fault { file: file.to_path_buf(), message };
         for chain in &self.chains {
-            let Some(index) = self.keys.iter().position(|(_, key)| chain.leaf.belongs_to(&**key)) else {
+            let Some(index) = self.keys.iter().position(|(_, key)| chain.belongs_to(&**key)) else {
                 // A file of intermediates needs no key.
-                if !chain.leaf.is_authority {
-                    let name = chain.leaf.names.first().map_or("no name", String::as_str);
-                    fault(&chain.file, format!("the private key of this certificate ({name}) is in none of the files"));
+                if !chain.leaf().is_authority {
+                    let name = chain.leaf().names.first().map_or("no name", String::as_str);
+                    let message = format!("the private key of this certificate ({name}) is in none of the files");
+                    faults.push(fault(&chain.file, message));
                 }
                 continue;
             };
             unused[index] = false;
-            match chain.leaf.in_force() {
-                Ok(()) => {
-                    let (key_file, key) = &self.keys[index];
-                    served.push(Served::new(chain, key_file.clone(), Arc::clone(key)));
+            let elsewhere: Vec<&Seen> =
+                self.chains.iter().filter(|other| other.der[0] != chain.der[0]).flat_map(|other| &other.seen).collect();
+            let mut is_good = true;
+            for judgement in judge(&chain.file, &chain.seen, &elsewhere, measure) {
+                let said = fault(&chain.file, judgement.message);
+                match judgement.severity {
+                    Severity::Error => {
+                        is_good = false;
+                        faults.push(said);
+                    }
+                    Severity::Warning => warnings.push(said),
                 }
-                Err(message) => fault(&chain.file, message),
+            }
+            if is_good {
+                let (key_file, key) = &self.keys[index];
+                served.push(Served::new(chain, key_file.clone(), Arc::clone(key)));
             }
         }
         for ((file, _), _) in self.keys.iter().zip(&unused).filter(|(_, unused)| **unused) {
-            fault(file, "no certificate in any of the files has the public key of this private key".to_owned());
+            let message = "no certificate in any of the files has the public key of this private key";
+            faults.push(fault(file, message.to_owned()));
         }
         self.faults.append(&mut faults);
+        self.warnings.append(&mut warnings);
         served
     }
 }
@@ -256,55 +310,6 @@ fn signing_key(key: &Key) -> Result<Arc<dyn SigningKey>, String> {
             "its private key is of no kind that the policy has (ECDSA P-256 or P-384, RSA of 2048 bits or more): {e}"
         )
     })
-}
-
-/// What is asked of a leaf certificate.
-struct Leaf {
-    names: Vec<String>,
-    public_key_info: Vec<u8>,
-    is_authority: bool,
-    not_before: ASN1Time,
-    not_after: ASN1Time,
-}
-
-impl Leaf {
-    fn parse(der: &CertificateDer<'_>) -> Result<Self, String> {
-        let (_, certificate) =
-            X509Certificate::from_der(der).map_err(|e| format!("its first certificate cannot be read: {e}"))?;
-        let validity = certificate.validity();
-        Ok(Self {
-            names: dns_names(&certificate),
-            public_key_info: certificate.public_key().raw.to_vec(),
-            is_authority: certificate.is_ca(),
-            not_before: validity.not_before,
-            not_after: validity.not_after,
-        })
-    }
-
-    fn belongs_to(&self, key: &dyn SigningKey) -> bool {
-        key.public_key().is_some_and(|info| info.as_ref() == self.public_key_info)
-    }
-
-    fn in_force(&self) -> Result<(), String> {
-        let now = ASN1Time::now();
-        if now > self.not_after {
-            return Err(format!("this certificate expired on {}", self.not_after));
-        }
-        if now < self.not_before {
-            return Err(format!("this certificate is not valid before {}; is the clock right?", self.not_before));
-        }
-        Ok(())
-    }
-}
-
-fn dns_names(certificate: &X509Certificate<'_>) -> Vec<String> {
-    let Ok(Some(extension)) = certificate.subject_alternative_name() else { return Vec::new() };
-    let dns = |name: &GeneralName<'_>| match name {
-        GeneralName::DNSName(name) => Some(name.to_ascii_lowercase()),
-        // SNI carries DNS names only (RFC 6066 section 3). The enum is not ours.
-        _ => None,
-    };
-    extension.value.general_names.iter().filter_map(dns).collect()
 }
 
 #[cfg(test)]
@@ -347,7 +352,13 @@ pub(super) mod testing {
         (made.served[0].names.clone(), Arc::clone(&made.served[0].certified))
     }
 
-    pub(crate) fn resolver(names: &[&str]) -> Arc<dyn ResolvesServerCert> {
+    pub(crate) fn load(paths: &[PathBuf]) -> Result<Certificates, Faults> {
+        let mut tls = crate::tls::policy::tests::tls(crate::config::Policy::APlus, &[], &[]);
+        tls.certificates = paths.to_vec();
+        Certificates::load(&tls)
+    }
+
+    pub(crate) fn resolver(names: &[&str]) -> Arc<Resolver> {
         let (names, key) = certified(names, &rcgen::PKCS_ECDSA_P256_SHA256);
         Arc::new(Resolver::new(std::iter::once((names.as_slice(), key))).expect("not empty"))
     }
@@ -374,7 +385,7 @@ mod tests {
     }
 
     fn said(paths: &[PathBuf]) -> String {
-        Certificates::load(paths).expect_err("a fault").to_string()
+        testing::load(paths).expect_err("a fault").to_string()
     }
 
     #[test]
@@ -388,7 +399,7 @@ mod tests {
         write(&folder, "README", "nothing of interest");
         write(&folder, ".hidden", "-----BEGIN CERTIFICATE-----\nbroken");
         fs::create_dir(folder.path().join("sub")).expect("made");
-        let certificates = Certificates::load(&[folder.path().to_path_buf()]).expect("two pairs");
+        let certificates = testing::load(&[folder.path().to_path_buf()]).expect("two pairs");
         let names: Vec<_> =
             certificates.served().iter().map(|one| (one.names.join(" "), one.key_kind.as_str())).collect();
         assert_eq!(names, [("one.test".to_owned(), "ECDSA"), ("two.test *.two.test".to_owned(), "RSA")]);
@@ -404,8 +415,8 @@ mod tests {
         write(&folder, "chain.pem", &authority.pem());
         write(&folder, "fullchain.pem", &(leaf.pem() + &authority.pem()));
         write(&folder, "privkey.pem", &key.serialize_pem());
-        let certificates = Certificates::load(&[folder.path().to_path_buf()]).expect("one pair");
-        let lengths: Vec<_> = certificates.served().iter().map(|one| one.chain_length).collect();
+        let certificates = testing::load(&[folder.path().to_path_buf()]).expect("one pair");
+        let lengths: Vec<_> = certificates.served().iter().map(|one| one.chain.len()).collect();
         assert_eq!(lengths, [2]);
     }
 
@@ -420,7 +431,7 @@ mod tests {
             assert!(said.ends_with(&format!("chmod 600 {}", both.display())), "{mode:o}: {said}");
         }
         fs::set_permissions(&both, fs::Permissions::from_mode(0o400)).expect("owned");
-        Certificates::load(&[both]).expect("its own");
+        testing::load(&[both]).expect("its own");
     }
 
     #[test]

@@ -1,4 +1,6 @@
 //! One PEM file: its certificates and private keys, and whether its permissions will do for a key.
+//!
+//! `read` knows the file system, `parse` does not.
 
 use rustls::pki_types::pem::{PemObject, SectionKind};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs1KeyDer, PrivatePkcs8KeyDer, PrivateSec1KeyDer};
@@ -38,14 +40,13 @@ impl Drop for Key {
     }
 }
 
-/// Reads a file. One without any PEM section of interest comes back empty.
+/// The sections of a file's text. One without any of interest comes back empty.
 ///
 /// # Errors
 /// What is wrong with it and what mends it, without the path.
-pub(super) fn read(path: &Path) -> Result<PemFile, String> {
-    let (text, mode) = read_small(path)?;
+pub(super) fn parse(path: &Path, text: &[u8], mode: u32) -> Result<PemFile, String> {
     let mut file = PemFile { certificates: Vec::new(), keys: Vec::new() };
-    for section in <(SectionKind, Vec<u8>)>::pem_slice_iter(&text) {
+    for section in <(SectionKind, Vec<u8>)>::pem_slice_iter(text) {
         let (kind, der) = section.map_err(|e| format!("is no sound PEM: {e}"))?;
         match kind {
             SectionKind::Certificate => file.certificates.push(CertificateDer::from(der)),
@@ -56,7 +57,7 @@ pub(super) fn read(path: &Path) -> Result<PemFile, String> {
             _ => {}
         }
     }
-    if contains(&text, b"-----BEGIN ENCRYPTED PRIVATE KEY-----") || contains(&text, b"Proc-Type: 4,ENCRYPTED") {
+    if contains(text, b"-----BEGIN ENCRYPTED PRIVATE KEY-----") || contains(text, b"Proc-Type: 4,ENCRYPTED") {
         return Err(format!(
             "its private key is encrypted, and nobody is there to type a password: openssl pkey -in {} -out PLAIN.key",
             path.display()
@@ -72,21 +73,46 @@ pub(super) fn read(path: &Path) -> Result<PemFile, String> {
     Ok(file)
 }
 
-/// The bytes of a regular file, and its mode.
-fn read_small(path: &Path) -> Result<(Zeroizing<Vec<u8>>, u32), String> {
+/// Certificates of a file that need no key: roots to trust, or a chain to look at.
+///
+/// # Errors
+/// It cannot be read, or is no sound PEM.
+pub fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, String> {
+    let (text, _) = read(path)?;
+    CertificateDer::pem_slice_iter(&text).collect::<Result<_, _>>().map_err(|e| format!("is no sound PEM: {e}"))
+}
+
+/// The bytes of a regular file, and its mode. A handle that the file server has forgotten (ESTALE) is taken anew.
+pub(super) fn read(path: &Path) -> Result<(Zeroizing<Vec<u8>>, u32), String> {
+    read_once(path).or_else(|e| if is_stale(&e) { read_once(path) } else { Err(e) }).map_err(|e| e.0)
+}
+
+struct Unread(String, Option<i32>);
+
+fn is_stale(error: &Unread) -> bool {
+    error.1 == Some(libc::ESTALE)
+}
+
+fn read_once(path: &Path) -> Result<(Zeroizing<Vec<u8>>, u32), Unread> {
+    let unread = |e: io::Error| Unread(unreadable(path, &e), e.raw_os_error());
+    read_small(path, unread)
+}
+
+fn read_small(path: &Path, unread: impl Fn(io::Error) -> Unread) -> Result<(Zeroizing<Vec<u8>>, u32), Unread> {
     // Before it is opened: a FIFO would block there.
-    let found = path.metadata().map_err(|e| unreadable(path, &e))?;
+    let found = path.metadata().map_err(&unread)?;
     if !found.is_file() {
-        return Err("is no regular file".to_owned());
+        return Err(Unread("is no regular file".to_owned(), None));
     }
-    let file = File::open(path).map_err(|e| unreadable(path, &e))?;
-    let metadata = file.metadata().map_err(|e| unreadable(path, &e))?;
+    let file = File::open(path).map_err(&unread)?;
+    let metadata = file.metadata().map_err(&unread)?;
     if metadata.len() > FILE_MAX_BYTES {
-        return Err(format!("has {} bytes: a PEM file of at most {FILE_MAX_BYTES} is expected", metadata.len()));
+        let why = format!("has {} bytes: a PEM file of at most {FILE_MAX_BYTES} is expected", metadata.len());
+        return Err(Unread(why, None));
     }
     // Room for all of it at once, so that no copy of a key is left behind by a growing buffer.
-    let mut text = Zeroizing::new(Vec::with_capacity(usize::try_from(FILE_MAX_BYTES).unwrap_or(0) + 1));
-    file.take(FILE_MAX_BYTES).read_to_end(&mut text).map_err(|e| unreadable(path, &e))?;
+    let mut text = Zeroizing::new(Vec::with_capacity(usize::try_from(metadata.len()).unwrap_or(0) + 1));
+    file.take(FILE_MAX_BYTES).read_to_end(&mut text).map_err(&unread)?;
     Ok((text, metadata.permissions().mode()))
 }
 

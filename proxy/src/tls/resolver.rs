@@ -10,7 +10,7 @@ use std::fmt;
 use std::sync::Arc;
 
 /// Exact names before wildcards before the default. Immutable; a reload makes a new one.
-pub(super) struct Resolver {
+pub struct Resolver {
     exact: HashMap<String, Vec<Arc<CertifiedKey>>>,
     /// By what follows the `*.`.
     wildcard: HashMap<String, Vec<Arc<CertifiedKey>>>,
@@ -48,6 +48,16 @@ impl Resolver {
             resolver.default = keys.clone();
         }
         (!resolver.default.is_empty()).then_some(resolver)
+    }
+
+    /// A certificate has this name.
+    pub fn knows(&self, name: &str) -> bool {
+        self.meant(name).is_some()
+    }
+
+    /// What a certificate's name stands for has one here too: itself, or a wildcard that has it.
+    pub fn covers(&self, name: &str) -> bool {
+        name.strip_prefix("*.").map_or_else(|| self.knows(name), |suffix| self.wildcard.contains_key(suffix))
     }
 
     /// The name of a certificate that this name means, if there is one.
@@ -112,7 +122,7 @@ impl fmt::Debug for Resolver {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::tls::certificates::{Certificates, testing};
+    use crate::tls::certificates::testing;
 
     fn resolver(certificates: &[(&[&str], &'static rcgen::SignatureAlgorithm)]) -> (Resolver, Vec<Arc<CertifiedKey>>) {
         let made: Vec<_> = certificates.iter().map(|(names, kind)| testing::certified(names, kind)).collect();
@@ -150,6 +160,6 @@ mod tests {
     #[test]
     fn without_a_certificate_there_is_no_resolver() {
         assert!(Resolver::new(std::iter::empty()).is_none());
-        assert!(Certificates::load(&[]).is_err());
+        assert!(testing::load(&[]).is_err());
     }
 }

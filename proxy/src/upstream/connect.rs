@@ -3,7 +3,7 @@
 use crate::close::writable;
 use crate::config::{ServerAddress, Upstream};
 use crate::observe::counters::End;
-use crate::observe::sockets::{Sockets, Tally};
+use crate::observe::sockets::{Peer, Sockets, Tally};
 use crate::ring::Sock;
 use crate::sys::socket;
 use crate::watch::{Verdict, Watch};
@@ -22,7 +22,8 @@ pub struct Failure {
     pub reason: String,
 }
 
-/// Connects, within what the watch allows for each server. `turn` counts the connections of this worker.
+/// Connects, within what the watch allows for each server; gives the server's place too. `turn` counts the connections
+/// of this worker.
 ///
 /// Says of each socket whose it is before it connects.
 pub async fn connect(
@@ -31,16 +32,17 @@ pub async fn connect(
     watch: &Watch,
     each: Duration,
     sockets: &Sockets,
-) -> Result<(Sock, Tally), Failure> {
+) -> Result<(Sock, usize), Failure> {
     let first = turn.replace(turn.get().wrapping_add(1));
     let mut failure = Failure { how: End::ConnectFailed, reason: String::new() };
     for n in 0..upstream.servers.len() {
-        let server = &upstream.servers[first.wrapping_add(n) % upstream.servers.len()];
+        let place = first.wrapping_add(n) % upstream.servers.len();
+        let server = &upstream.servers[place];
         watch.forgive();
         watch.allow(each);
         let label = |socket: BorrowedFd<'_>| sockets.connecting(socket, &upstream.name, server);
         match one(server, watch, label).await {
-            Ok(connected) => return Ok(connected),
+            Ok(sock) => return Ok((sock, place)),
             Err(e) => {
                 let name = match server {
                     ServerAddress::Tcp(address) => address.to_string(),
@@ -61,11 +63,7 @@ pub async fn connect(
     Err(failure)
 }
 
-async fn one(
-    server: &ServerAddress,
-    watch: &Watch,
-    label: impl Fn(BorrowedFd<'_>) -> Tally,
-) -> io::Result<(Sock, Tally)> {
+async fn one(server: &ServerAddress, watch: &Watch, label: impl Fn(BorrowedFd<'_>) -> Peer) -> io::Result<Sock> {
     let (domain, address) = match server {
         ServerAddress::Tcp(address) => (Domain::for_address(*address), SockAddr::from(*address)),
         ServerAddress::Unix(path) => (Domain::UNIX, SockAddr::unix(path)?),
@@ -74,33 +72,30 @@ async fn one(
     if domain != Domain::UNIX {
         socket::set_nodelay(socket.as_fd())?;
     }
-    let tally = label(socket.as_fd());
+    let peer = label(socket.as_fd());
     loop {
         match socket.connect(&address) {
-            Ok(()) => {
-                tally.opened();
-                return Ok((Sock::new(socket.into()), tally));
-            }
+            Ok(()) => return Ok(Sock::new(socket.into(), peer.opened())),
             Err(e) if e.raw_os_error() == Some(libc::EINPROGRESS) => break,
             Err(e) if socket::is_again(&e) && watch.verdict().is_none() => tokio::time::sleep(UNIX_BACKLOG_RETRY).await,
             Err(e) => {
-                tally.refused();
+                peer.refused();
                 return Err(if socket::is_again(&e) { io::ErrorKind::TimedOut.into() } else { e });
             }
         }
     }
-    let mut sock = Sock::new(socket.into());
+    let mut sock = Sock::new(socket.into(), Tally::default());
     sock.writable = false;
     let in_time = writable(&mut sock, watch).await;
     let result = match socket::take_error(sock.fd()) {
         Ok(None) if in_time => {
-            tally.opened();
-            return Ok((sock, tally));
+            sock.tally = peer.opened();
+            return Ok(sock);
         }
         Ok(None) => Err(io::ErrorKind::TimedOut.into()),
         Ok(Some(e)) | Err(e) => Err(e),
     };
-    tally.refused();
+    peer.refused();
     sock.cancel().await;
     result
 }

@@ -44,9 +44,10 @@ fn wrong_file(ctx: &Context) -> Result<()> {
     let good = settings(ctx)?.text();
     let cases = [
         (good.replace("[limits]", "[limits]\nno_such_key = 1"), "no_such_key"),
-        (good.replace("mode = \"tcp\"", "mode = \"http\""), "not in this version"),
+        (good.replace("mode = \"tcp\"", "mode = \"gopher\""), "gopher"),
         (good.replace("upstream = \"u0\"", "upstream = \"nobody\""), "nobody"),
-        (good.replace("[tls]", "[tls]\npolicy = \"labs-100\""), "not in this version"),
+        (good.replace("[tls]", "[tls]\npolicy = \"b-minus\""), "labs-100"),
+        (good.replace("[tls]", "[tls]\nsuites = [\"TLS_RSA_WITH_AES_128_CBC_SHA\"]"), "grade is B"),
         ("no TOML".to_owned(), "1"),
     ];
     for (text, word) in cases {

@@ -7,7 +7,7 @@ use crate::environment::{Environment, Relay};
 use crate::exchange::{self, Plan, Setup};
 use crate::pattern::Pattern;
 use crate::process::free_port;
-use crate::proxy::loopback;
+use crate::proxy::{Settings, loopback};
 use crate::run::{Context, Test};
 use crate::scrape::Descriptors;
 use crate::upstream::{Kind, PeerEnd, THREAD_STACK_BYTES, Upstream, exchange as serve};
@@ -217,7 +217,9 @@ fn slow_transfers(ctx: &Context, setup: &Setup) -> Result<()> {
 fn pipe_memory(ctx: &Context, relay: Relay) -> Result<()> {
     const STALLED_BYTES: u64 = 24 << 20;
     let upstream = Upstream::manual(&ctx.environment, Kind::V4)?;
-    let setup = Setup::with(ctx, relay, &[0], upstream, |s| s.limit("pipe_memory = \"64 KiB\""))?;
+    // The cap is shared out among the workers, and less than a record's pipe is none.
+    let one_pipe = |s: Settings| s.server("workers = 1").limit("pipe_memory = \"64 KiB\"");
+    let setup = Setup::with(ctx, relay, &[0], upstream, one_pipe)?;
     let (mut client, stream) = setup.open(ctx, 0, TLS13_AES_256, 1_000)?;
     thread::scope(|scope| {
         let Client { tx, .. } = &mut client;

@@ -6,6 +6,7 @@ use crate::process::{Guarded, find_program};
 use crate::run::Context;
 use crate::upstream::{Request, THREAD_STACK_BYTES};
 use anyhow::{Context as _, Result, ensure};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use std::fs;
 use std::io::{Read, Write};
 use std::net::SocketAddr;
@@ -56,8 +57,16 @@ pub enum Feed<'a> {
     WithCommands { lines: &'a [&'a str], every: usize },
 }
 
+/// What came of a conversation.
+pub struct Conversation {
+    /// Bytes of the pattern that came out.
+    pub got: u64,
+    /// Whether the program took all of its input. One that was told the end of the stream does not.
+    pub fed: Result<()>,
+}
+
 /// Runs it to its end. Its input stays open until its output has ended, so that it leaves when the server does.
-pub fn converse(ctx: &Context, mut command: Command, request: &Request, feed: &Feed<'_>) -> Result<u64> {
+pub fn converse(ctx: &Context, mut command: Command, request: &Request, feed: &Feed<'_>) -> Result<Conversation> {
     let words = ctx.environment.tmp.join(format!("{}-program.log", ctx.test()));
     command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(fs::File::create(&words)?);
     ctx.watch_log(&words);
@@ -65,7 +74,7 @@ pub fn converse(ctx: &Context, mut command: Command, request: &Request, feed: &F
     let mut stdin = program.child().stdin.take().context("no standard input")?;
     let mut stdout = program.child().stdout.take().context("no standard output")?;
     let limit = ctx.environment.patience();
-    let got = thread::scope(|scope| {
+    let conversation = thread::scope(|scope| {
         let (ended, wait) = channel::<()>();
         let feeding = move || {
             let fed = self::feed(&mut stdin, request, feed, limit);
@@ -78,14 +87,10 @@ pub fn converse(ctx: &Context, mut command: Command, request: &Request, feed: &F
         drop(ended);
         let fed = feeder.join().expect("the feeder does not panic");
         // What came out explains what did not go in.
-        let got = got?;
-        if got == request.down {
-            fed?
-        }
-        Ok::<_, anyhow::Error>(got)
+        Ok::<_, anyhow::Error>(Conversation { got: got?, fed })
     })?;
     program.wait(limit)?;
-    Ok(got)
+    Ok(conversation)
 }
 
 fn check_output(stdout: &mut impl Read) -> Result<u64> {
@@ -125,14 +130,21 @@ fn feed(stdin: &mut ChildStdin, request: &Request, feed: &Feed<'_>, limit: Durat
     }
 }
 
-/// Waits until the program has taken everything: a command counts only at the start of a read. A program that has ended
-/// takes nothing more, and the next write says so.
+/// Waits until the program has taken everything: a command counts only at the start of a read.
 fn alone(stdin: &ChildStdin, limit: Duration) -> Result<()> {
     let deadline = Instant::now() + limit;
     while rustix::io::ioctl_fionread(stdin).context("FIONREAD of a pipe")? > 0 {
+        ensure!(!is_abandoned(stdin)?, "the program has ended before it took all of its input");
         ensure!(Instant::now() < deadline, "the program has stopped to read its input");
         thread::sleep(Duration::from_millis(1));
     }
     thread::sleep(Duration::from_millis(2));
     Ok(())
+}
+
+/// Nobody reads the pipe any more: what lies in it stays there, and only a poll tells.
+fn is_abandoned(stdin: &ChildStdin) -> Result<bool> {
+    let mut fds = [PollFd::new(stdin, PollFlags::empty())];
+    poll(&mut fds, Some(&Timespec::default())).context("poll a pipe")?;
+    Ok(fds[0].revents().contains(PollFlags::ERR))
 }

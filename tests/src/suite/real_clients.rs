@@ -1,7 +1,7 @@
 //! OpenSSL, GnuTLS, curl and nginx as they are installed: each suite, bodies of every size, KeyUpdates by their own
 //! commands.
 
-use super::programs::{Feed, converse, gnutls, openssl, program};
+use super::programs::{Conversation, Feed, converse, gnutls, openssl, program};
 use crate::client::handshake::{RSA_SUITES, SUITES, Suite, TLS12_AES_128, TLS13_AES_128, TLS13_AES_256, TLS13_CHACHA};
 use crate::environment::{Environment, Kernel, Relay};
 use crate::exchange::{Account, Setup};
@@ -50,9 +50,10 @@ fn talk(ctx: &Context, setup: &Setup, listener: usize, suite: Suite, make: Make,
     let account = Account::open(&setup.proxy)?;
     let request = Request { together: true, ..Request::new(up, down) };
     let command = make(ctx, setup.proxy.address(listener), suite, false)?;
-    let got = converse(ctx, command, &request, &Feed::Plain)?;
+    let Conversation { got, fed } = converse(ctx, command, &request, &Feed::Plain)?;
     let what = || format!("{}, listener {listener}, up {up}, down {down}", suite.name);
     ensure!(got == down, "{}: {got} bytes came out", what());
+    fed.with_context(what)?;
     let served = setup.upstream.served().with_context(what)?;
     ensure!((served.up, served.down) == (up, down), "{}: the upstream saw {served:?}", what());
     account.close(&setup.proxy, REQUEST_BYTES as u64 + up, down, false).with_context(what)?;
@@ -106,10 +107,11 @@ fn rekeys(ctx: &Context, relay: Relay, make: Make, lines: &[&str], every: usize,
         let request = Request { digits: true, together: goes_on, ..Request::new(REKEYED_UP_BYTES, down) };
         let command = make(ctx, setup.proxy.address(0), *suite, true)?;
         let feed = Feed::WithCommands { lines, every };
-        let got = converse(ctx, command, &request, &feed).with_context(|| suite.name)?;
+        let Conversation { got, fed } = converse(ctx, command, &request, &feed).with_context(|| suite.name)?;
         let served = setup.upstream.served().with_context(|| format!("{}: {got} bytes came out", suite.name))?;
         ensure!(got == down, "{}: {got} bytes came out, the upstream saw {served:?}", suite.name);
         if goes_on {
+            fed.with_context(|| suite.name)?;
             ensure!(served.up == REKEYED_UP_BYTES, "{}: the upstream saw {served:?}", suite.name);
         } else {
             ensure!(served.end == PeerEnd::Reset, "{}: the upstream saw {served:?}", suite.name);
@@ -191,13 +193,13 @@ fn curl_with_ours(ctx: &Context, relay: Relay) -> Result<()> {
 }
 
 /// A real nginx with files of the pattern, and a way through to a server of ours for uploads.
-struct Nginx {
+pub struct Nginx {
     _process: Guarded,
-    address: SocketAddr,
+    pub address: SocketAddr,
 }
 
 impl Nginx {
-    fn start(ctx: &Context, behind: &str) -> Result<Self> {
+    pub fn start(ctx: &Context, behind: &str) -> Result<Self> {
         let address = loopback(free_port()?);
         let folder = ctx.environment.tmp.join(format!("nginx-{}", address.port()));
         fs::create_dir_all(folder.join("root"))?;

@@ -97,6 +97,8 @@ fn upstreams(ctx: &Context, relay: Relay) -> Result<()> {
     let settings = settings.limit("connections = 2");
     setup.proxy.reload(settings)?;
     let moves_to_the_other = |setup: &Setup| -> Result<bool> {
+        // The one before may still be ending, and the new cap counts it.
+        setup.proxy.wait_for("the one before to end", |m| m.live() == 1)?;
         let fresh = setup.client(ctx, 0, TLS13_AES_128)?;
         // The old upstream would answer nothing, and be noticed by its accept.
         thread::sleep(ctx.environment.moment() * 20);

@@ -1,0 +1,213 @@
+//! Two runs against each other: has tlsplice become worse, or was the machine just busier?
+//!
+//! What the machine does beside the measurement meets the peers too. So where both runs have peers, each round's figure is
+//! first divided by how much the peers of the same round cost against what they cost in all rounds of both runs. What is left
+//! counts as a change only if it is large, larger than the rounds scatter, and the ranks agree.
+
+use crate::load::Kind;
+use crate::result::{Figure, OURS, Run};
+use crate::statistics;
+use crate::table;
+
+/// Smaller changes are no finding, however sure.
+const LEAST_CHANGE: f64 = 0.05;
+/// A change has to be so many times as large as what the medians of such series differ by chance.
+const LEAST_SIGMAS: f64 = 3.0;
+/// How unlikely the order of the rounds has to be, if nothing had changed. Three rounds against three reach 0.05 at best.
+const LARGEST_CHANCE: f64 = 0.05;
+/// By how much a median of normal noise is less sure than a mean.
+const MEDIAN_PENALTY: f64 = 1.2533;
+
+/// What became of one row.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Verdict {
+    Same,
+    Better,
+    Worse,
+}
+
+/// One row of a comparison.
+#[derive(Clone, Debug)]
+pub struct Change {
+    pub kind: Kind,
+    pub peer: String,
+    pub figure: Figure,
+    pub before: f64,
+    pub after: f64,
+    /// After through before, with the peers' drift taken out; above 1 is worse.
+    pub factor: f64,
+    /// The largest factor that would still be called noise.
+    pub threshold: f64,
+    pub verdict: Verdict,
+}
+
+/// Every row of tlsplice's that both runs have.
+pub fn compare(before: &Run, after: &Run) -> Vec<Change> {
+    let mut changes = Vec::new();
+    for kind in before.kinds() {
+        for peer in before.peers().into_iter().filter(|peer| peer.starts_with(OURS)) {
+            changes.extend(row(before, after, kind, peer));
+        }
+    }
+    changes
+}
+
+fn row(before: &Run, after: &Run, kind: Kind, peer: &str) -> Option<Change> {
+    let figure = Figure::of(kind);
+    let (a, b) = (before.series(kind, peer)?, after.series(kind, peer)?);
+    let (old, new) = (a.median(figure)?, b.median(figure)?);
+    let shared = shared_peers(before, after, kind, figure);
+    let a = corrected(before, kind, figure, peer, &shared);
+    let b = corrected(after, kind, figure, peer, &shared);
+    let factor = statistics::median(&b)? / statistics::median(&a)?;
+    let sure = |values: &[f64]| statistics::scatter(values) * MEDIAN_PENALTY / (values.len() as f64).sqrt();
+    let noise = (sure(&a).powi(2) + sure(&b).powi(2)).sqrt();
+    let drift = unexplained_drift(before, after, kind, figure, &shared);
+    let threshold = 1.0 + LEAST_CHANGE.max(LEAST_SIGMAS * noise).max(drift);
+    let worse = factor > threshold && statistics::chance_of_rising(&a, &b) <= LARGEST_CHANCE;
+    let better = factor < 1.0 / threshold && statistics::chance_of_rising(&b, &a) <= LARGEST_CHANCE;
+    let verdict = match (worse, better) {
+        (true, _) => Verdict::Worse,
+        (_, true) => Verdict::Better,
+        (false, false) => Verdict::Same,
+    };
+    Some(Change { kind, peer: peer.into(), figure, before: old, after: new, factor, threshold, verdict })
+}
+
+/// Peers that both runs have, with what they cost in the middle of both.
+fn shared_peers(before: &Run, after: &Run, kind: Kind, figure: Figure) -> Vec<(String, f64)> {
+    let peers = before.peers().into_iter().filter(|peer| !peer.starts_with(OURS));
+    let known = peers.filter_map(|peer| {
+        let (a, b) = (before.series(kind, peer)?.values(figure), after.series(kind, peer)?.values(figure));
+        Some((peer.to_owned(), statistics::median(&[a, b].concat())?))
+    });
+    known.filter(|(_, usual)| *usual > 0.0).collect()
+}
+
+/// By how much programs that nobody has changed differ between the two runs, beyond what they all share: a change of ours
+/// that is no larger proves nothing. The peers but the most changed one, so that one which stumbled hides no regression.
+fn unexplained_drift(before: &Run, after: &Run, kind: Kind, figure: Figure, shared: &[(String, f64)]) -> f64 {
+    if shared.len() < 2 {
+        return 0.0;
+    }
+    let of = |(peer, _): &(String, f64)| {
+        let others: Vec<_> = shared.iter().filter(|(other, _)| other != peer).cloned().collect();
+        let middle = |run| statistics::median(&corrected(run, kind, figure, peer, &others));
+        Some((middle(after)? / middle(before)?).ln().abs())
+    };
+    let mut drifts: Vec<f64> = shared.iter().filter_map(of).collect();
+    drifts.sort_by(f64::total_cmp);
+    drifts.iter().rev().nth(1).map_or(0.0, |drift| drift.exp() - 1.0)
+}
+
+/// The figures of a series, each divided by how busy the machine was in its round, as far as the peers tell.
+fn corrected(run: &Run, kind: Kind, figure: Figure, ours: &str, shared: &[(String, f64)]) -> Vec<f64> {
+    let Some(series) = run.series(kind, ours) else { return Vec::new() };
+    let drift = |round: usize| {
+        let of = |(peer, usual): &(String, f64)| {
+            Some(run.series(kind, peer)?.rounds.get(round)?.figure(figure, kind)? / usual)
+        };
+        // The middle one: a single peer that stumbled is not the machine.
+        statistics::median(&shared.iter().filter_map(of).collect::<Vec<_>>()).unwrap_or(1.0)
+    };
+    let figures = series.rounds.iter().enumerate();
+    figures.filter_map(|(at, round)| Some(round.figure(figure, kind)? / drift(at))).collect()
+}
+
+/// The comparison as a table.
+pub fn show(changes: &[Change]) -> String {
+    let mut rows = vec![["", "", "before", "after", "", "factor", "noise up to", ""].map(String::from).to_vec()];
+    for change in changes {
+        rows.push(vec![
+            change.kind.name().into(),
+            change.peer.clone(),
+            table::number(change.before),
+            table::number(change.after),
+            change.figure.unit(change.kind).into(),
+            format!("{:.3}", change.factor),
+            format!("{:.3}", change.threshold),
+            match change.verdict {
+                Verdict::Same => String::new(),
+                Verdict::Better => "better".into(),
+                Verdict::Worse => "REGRESSION".into(),
+            },
+        ]);
+    }
+    table::aligned(&rows)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::machine::Machine;
+    use crate::result::{FORMAT, Round, Series, Settings};
+
+    /// Requests that cost tlsplice and a peer so many µs in each round.
+    fn run(rounds: &[(f64, f64)]) -> Run {
+        let series = |peer: &str, cost: fn(&(f64, f64)) -> f64| Series {
+            kind: Kind::Request,
+            peer: peer.into(),
+            rounds: rounds
+                .iter()
+                .map(|r| Round { units: 1000, seconds: 1.0, cpu_ns: cost(r) * 1e6, ..Round::default() })
+                .collect(),
+        };
+        Run {
+            format: FORMAT,
+            taken_at: 0,
+            machine: Machine::default(),
+            settings: Settings {
+                rounds: rounds.len(),
+                seconds: 1.0,
+                workers: 1,
+                proxy_cpus: None,
+                load_cpus: None,
+                protection: String::new(),
+                call_ns: None,
+                open_rate: None,
+            },
+            versions: Vec::new(),
+            commit: String::new(),
+            series: vec![series(OURS, |r| r.0), series("nginx-stream", |r| r.1)],
+            limit: None,
+            remarks: Vec::new(),
+        }
+    }
+
+    fn verdict(before: &[(f64, f64)], after: &[(f64, f64)]) -> Verdict {
+        let changes = compare(&run(before), &run(after));
+        assert_eq!(changes.len(), 1);
+        changes[0].verdict.clone()
+    }
+
+    const CALM: [(f64, f64); 5] = [(15.0, 20.0), (15.2, 20.1), (14.9, 19.9), (15.1, 20.2), (15.0, 20.0)];
+
+    #[test]
+    fn the_same_build_is_no_regression() {
+        assert_eq!(verdict(&CALM, &CALM), Verdict::Same);
+        let again = [(15.3, 20.2), (15.0, 20.0), (15.1, 20.3), (15.2, 19.8), (14.8, 19.9)];
+        assert_eq!(verdict(&CALM, &again), Verdict::Same);
+    }
+
+    #[test]
+    fn a_slower_build_is_found_and_a_faster_one_too() {
+        let slower = CALM.map(|(ours, peer)| (ours * 1.12, peer));
+        assert_eq!(verdict(&CALM, &slower), Verdict::Worse);
+        assert_eq!(verdict(&slower, &CALM), Verdict::Better);
+    }
+
+    #[test]
+    fn a_busier_machine_is_not_taken_for_a_slower_build() {
+        let busier = CALM.map(|(ours, peer)| (ours * 1.3, peer * 1.3));
+        assert_eq!(verdict(&CALM, &busier), Verdict::Same);
+        let busier_and_slower = CALM.map(|(ours, peer)| (ours * 1.3 * 1.15, peer * 1.3));
+        assert_eq!(verdict(&CALM, &busier_and_slower), Verdict::Worse);
+    }
+
+    #[test]
+    fn a_change_within_the_scatter_is_none() {
+        let wild = [(15.0, 20.0), (19.0, 20.1), (12.0, 19.9), (17.5, 20.2), (13.0, 20.0)];
+        let wild_and_more = wild.map(|(ours, peer)| (ours * 1.1, peer));
+        assert_eq!(verdict(&wild, &wild_and_more), Verdict::Same);
+    }
+}

@@ -1,0 +1,269 @@
+//! What is done to a target, and for how long. Each kind of work is a file in `load/`; all run through `drive`:
+//!
+//!   threads: prepare ─▶ ready │ mark Begin │ work until the time is up │ done │ mark End │ let go
+//!
+//! Between the marks nothing is set up and nothing is torn down, so what a proxy costs between them is the work alone.
+
+mod bulk;
+mod connections;
+mod requests;
+mod waiting;
+
+use crate::client::Target;
+use anyhow::{Context, Result, anyhow};
+use hdrhistogram::Histogram;
+use serde::{Deserialize, Serialize};
+use std::sync::{Barrier, Mutex};
+use std::time::{Duration, Instant};
+
+/// Latencies from 1 µs to a minute, to three digits.
+const LATENCY_LIMIT_US: u64 = 60_000_000;
+const LATENCY_DIGITS: u8 = 3;
+
+/// A kind of work.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum Kind {
+    /// New connections: a full handshake, one request of one byte, close.
+    Handshake,
+    /// The same with a resumed session.
+    Resumed,
+    /// Connect, full handshake, 1 KiB, close, and wait for the other side's close.
+    Churn,
+    /// Small requests over kept connections, each as soon as the last was answered.
+    Request,
+    /// Small requests at a fixed rate; latency counts from when each was due.
+    OpenLoop,
+    /// Bulk from the upstream to the client.
+    Down,
+    /// Bulk from the client to the upstream.
+    Up,
+    /// Half of the connections one way, half the other.
+    Both,
+    /// Connections that wait after one request.
+    Idle,
+    /// Clients that read far slower than the upstream sends.
+    Slow,
+}
+
+/// What a kind is counted in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Unit {
+    Connection,
+    Request,
+    Byte,
+}
+
+impl Kind {
+    /// All of them, in the order of a table.
+    pub const ALL: [Self; 10] = [
+        Self::Handshake,
+        Self::Resumed,
+        Self::Churn,
+        Self::Request,
+        Self::Down,
+        Self::Up,
+        Self::Both,
+        Self::Idle,
+        Self::Slow,
+        Self::OpenLoop,
+    ];
+
+    pub fn unit(self) -> Unit {
+        match self {
+            Self::Handshake | Self::Resumed | Self::Churn | Self::Idle => Unit::Connection,
+            Self::Request | Self::OpenLoop => Unit::Request,
+            Self::Down | Self::Up | Self::Both | Self::Slow => Unit::Byte,
+        }
+    }
+
+    /// Whether it asks for what connections hold.
+    pub fn holds_memory(self) -> bool {
+        matches!(self, Self::Idle | Self::Slow)
+    }
+
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Handshake => "handshake",
+            Self::Resumed => "resumed",
+            Self::Churn => "churn",
+            Self::Request => "request",
+            Self::OpenLoop => "open-loop",
+            Self::Down => "down",
+            Self::Up => "up",
+            Self::Both => "both",
+            Self::Idle => "idle",
+            Self::Slow => "slow",
+        }
+    }
+}
+
+/// One piece of work.
+#[derive(Clone, Debug)]
+pub struct Load {
+    pub kind: Kind,
+    /// Connections at once.
+    pub connections: usize,
+    pub duration: Duration,
+    /// Bytes of one answer, where a kind has small answers.
+    pub answer_bytes: u64,
+    /// Bytes that one connection uploads.
+    pub upload_bytes: u64,
+    /// Requests in a second, of all connections together.
+    pub rate: f64,
+    /// Another path than our upstream's.
+    pub path: Option<String>,
+}
+
+impl Load {
+    /// The defaults of the comparison.
+    pub fn of(kind: Kind, duration: Duration) -> Self {
+        let connections = match kind {
+            Kind::Handshake | Kind::Resumed => 8,
+            Kind::Churn => 16,
+            Kind::Request | Kind::OpenLoop => 32,
+            Kind::Down | Kind::Up | Kind::Both => 4,
+            Kind::Idle => 1000,
+            Kind::Slow => 64,
+        };
+        let answer_bytes = match kind {
+            Kind::Handshake | Kind::Resumed => 1,
+            Kind::Churn | Kind::Request | Kind::OpenLoop | Kind::Idle => 1024,
+            Kind::Down | Kind::Up | Kind::Both | Kind::Slow => ENDLESS_BYTES,
+        };
+        Self { kind, connections, duration, answer_bytes, upload_bytes: 64 << 20, rate: 1000.0, path: None }
+    }
+
+    fn request(&self) -> Vec<u8> {
+        match &self.path {
+            Some(path) => crate::client::get_path(path),
+            None => crate::client::get(self.answer_bytes),
+        }
+    }
+}
+
+/// A download that no run finishes.
+const ENDLESS_BYTES: u64 = 1 << 42;
+
+/// A moment of the run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mark {
+    /// Before anything was done to the target.
+    Before,
+    Begin,
+    End,
+}
+
+/// What a run came to.
+#[derive(Debug)]
+pub struct Outcome {
+    /// Connections, requests or bytes.
+    pub units: u64,
+    pub elapsed: Duration,
+    /// How many of the sessions were resumed.
+    pub resumed: u64,
+    /// In µs; empty where a kind has none.
+    pub latency: Histogram<u64>,
+}
+
+/// An empty histogram.
+pub fn histogram() -> Histogram<u64> {
+    Histogram::new_with_bounds(1, LATENCY_LIMIT_US, LATENCY_DIGITS).expect("the bounds and digits are constants")
+}
+
+/// What one thread has done.
+#[derive(Debug)]
+pub struct Count {
+    pub units: u64,
+    pub resumed: u64,
+    pub latency: Histogram<u64>,
+}
+
+impl Count {
+    fn new() -> Self {
+        Self { units: 0, resumed: 0, latency: histogram() }
+    }
+
+    fn took(&mut self, since: Instant) {
+        self.latency.saturating_record(since.elapsed().as_micros().try_into().unwrap_or(u64::MAX));
+    }
+}
+
+/// Does the work and tells when it begins and ends.
+pub fn run(target: &Target, load: &Load, on_mark: &mut dyn FnMut(Mark) -> Result<()>) -> Result<Outcome> {
+    on_mark(Mark::Before)?;
+    match load.kind {
+        Kind::Handshake | Kind::Resumed | Kind::Churn => connections::run(target, load, on_mark),
+        Kind::Request => requests::closed(target, load, on_mark),
+        Kind::OpenLoop => requests::open(target, load, on_mark),
+        Kind::Down => bulk::down(target, load, on_mark),
+        Kind::Up => bulk::up(target, load, on_mark),
+        Kind::Both => bulk::both(target, load, on_mark),
+        Kind::Idle => waiting::idle(target, load, on_mark),
+        Kind::Slow => waiting::slow(target, load, on_mark),
+    }
+    .with_context(|| format!("{} on {}", load.kind.name(), target.address))
+}
+
+/// When a run began and when it ends.
+#[derive(Clone, Copy, Debug)]
+pub struct Window {
+    pub begin: Instant,
+    pub end: Instant,
+}
+
+/// Runs the same on each of the threads; see the head of this file.
+pub fn drive<S>(
+    threads: usize,
+    duration: Duration,
+    on_mark: &mut dyn FnMut(Mark) -> Result<()>,
+    prepare: impl Fn(usize) -> Result<S> + Sync,
+    work: impl Fn(&mut S, Window) -> Result<Count> + Sync,
+) -> Result<Outcome> {
+    let (ready, go, done, release) =
+        (Barrier::new(threads + 1), Barrier::new(threads + 1), Barrier::new(threads + 1), Barrier::new(threads + 1));
+    let window = Mutex::new(None);
+    let one = |index: usize| {
+        let state = prepare(index);
+        ready.wait();
+        go.wait();
+        let window = *window.lock().expect("no holder of this lock panics");
+        let outcome = state.and_then(|mut state| {
+            let window = window.ok_or_else(|| anyhow!("given up before it began"))?;
+            // The state goes along: what is open stays open until the end was marked.
+            Ok((work(&mut state, window), state))
+        });
+        done.wait();
+        release.wait();
+        outcome.and_then(|(count, _)| count)
+    };
+    std::thread::scope(|scope| {
+        let one = &one;
+        let workers: Vec<_> = (0..threads).map(|index| scope.spawn(move || one(index))).collect();
+        ready.wait();
+        let begun = on_mark(Mark::Begin);
+        let begin = Instant::now();
+        if begun.is_ok() {
+            *window.lock().expect("no holder of this lock panics") = Some(Window { begin, end: begin + duration });
+        }
+        go.wait();
+        done.wait();
+        let elapsed = begin.elapsed();
+        let ended = begun.and_then(|()| on_mark(Mark::End));
+        release.wait();
+        let mut outcome = Outcome { units: 0, elapsed, resumed: 0, latency: histogram() };
+        let mut trouble = None;
+        for worker in workers {
+            match worker.join().map_err(|_| anyhow!("a thread of the generator panicked")).flatten() {
+                Ok(count) => {
+                    outcome.units += count.units;
+                    outcome.resumed += count.resumed;
+                    outcome.latency.add(&count.latency).context("add up latencies")?;
+                }
+                Err(error) => trouble = Some(error),
+            }
+        }
+        ended?;
+        trouble.map_or(Ok(outcome), Err)
+    })
+}

@@ -1,0 +1,338 @@
+//! The command line of `tlsplice-bench`.
+
+use anyhow::{Context, Result, bail};
+use clap::{Args, Parser, Subcommand};
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, ServerName};
+use std::net::{SocketAddr, ToSocketAddrs};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::Duration;
+use tlsplice_bench::client::{Protection, Target, Trust};
+use tlsplice_bench::compare::Verdict;
+use tlsplice_bench::load::{self, Kind, Load};
+use tlsplice_bench::measure::{self, Plan};
+use tlsplice_bench::peers::{Peer, Programs};
+use tlsplice_bench::plain_relay::{self, Mode};
+use tlsplice_bench::result::{PERCENTILES, Run};
+use tlsplice_bench::{compare, machine, report, table, upstream};
+
+/// What a quick run and a full one may take, less what building and starting take: 5 and 30 minutes are promised.
+const QUICK_BUDGET_S: u64 = 270;
+const BUDGET_S: u64 = 1680;
+
+/// Loads TLS terminators and compares them.
+#[derive(Debug, Parser)]
+#[command(name = "tlsplice-bench", version)]
+struct Cli {
+    #[command(subcommand)]
+    command: Task,
+}
+
+#[derive(Debug, Subcommand)]
+enum Task {
+    Run(RunOptions),
+    Load(LoadOptions),
+    Upstream(UpstreamOptions),
+    Compare(CompareOptions),
+    Report(ReportOptions),
+    /// The table of a result again.
+    Show {
+        file: PathBuf,
+    },
+    /// A relay without TLS, for the limit.
+    #[command(hide = true)]
+    PlainRelay(RelayOptions),
+    /// What a system call costs here, in ns.
+    #[command(hide = true)]
+    CallCost,
+}
+
+/// Measure tlsplice beside its peers on this machine.
+#[derive(Args, Debug)]
+struct RunOptions {
+    /// Five short rounds, for a first look: a few minutes.
+    #[arg(long)]
+    quick: bool,
+    /// The tlsplice to measure; absent: the one in PATH.
+    #[arg(long, value_name = "FILE")]
+    tlsplice: Option<PathBuf>,
+    /// A folder with Debian's packages of the peers, unpacked with all they need; absent: what is installed.
+    #[arg(long, value_name = "FOLDER")]
+    peers_root: Option<PathBuf>,
+    /// Only these peers, by name.
+    #[arg(long, value_delimiter = ',', value_name = "NAME")]
+    peers: Vec<String>,
+    /// Only these kinds of work.
+    #[arg(long, value_enum, value_delimiter = ',')]
+    kinds: Vec<Kind>,
+    /// Rounds, in each of which every peer is started afresh.
+    #[arg(long)]
+    rounds: Option<usize>,
+    /// Seconds of each measurement.
+    #[arg(long)]
+    seconds: Option<f64>,
+    /// Threads or processes of each peer.
+    #[arg(long, default_value_t = 1)]
+    workers: usize,
+    /// Do not hold proxies and generator to CPUs.
+    #[arg(long)]
+    no_pin: bool,
+    /// Connections of `idle`.
+    #[arg(long)]
+    idle_connections: Option<usize>,
+    /// MiB that each connection of `up` and `both` sends.
+    #[arg(long)]
+    upload_mib: Option<u64>,
+    /// Measure the floor of this machine too: relays without TLS, and the cipher.
+    #[arg(long)]
+    limit: bool,
+    /// Where the result is written, as JSON.
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+    /// Where the report is written, as HTML.
+    #[arg(long, value_name = "FILE")]
+    html: Option<PathBuf>,
+    /// What a system call costs on the machine itself, in ns, where this runs in user-mode Linux.
+    #[arg(long, value_name = "NS")]
+    native_call_ns: Option<f64>,
+    /// Mark begins and ends for a plugin that counts instructions, and tell each measurement in a line.
+    #[arg(long, hide = true)]
+    counted: bool,
+    /// The commit that is measured, for the result.
+    #[arg(long, default_value = "unknown")]
+    commit: String,
+    /// Seconds: a round that would not be done by then is not begun.
+    #[arg(long)]
+    budget: Option<u64>,
+}
+
+/// Put load on any host that speaks HTTP/1.1 over TLS.
+#[derive(Args, Debug)]
+struct LoadOptions {
+    /// HOST:PORT.
+    target: String,
+    #[arg(long, value_enum, default_value = "request")]
+    kind: Kind,
+    /// Connections at once.
+    #[arg(long)]
+    connections: Option<usize>,
+    #[arg(long, default_value_t = 10.0)]
+    seconds: f64,
+    /// Requests per second of an open loop.
+    #[arg(long, default_value_t = 1000.0)]
+    rate: f64,
+    /// A path of the server's own; absent: those of `tlsplice-bench upstream`.
+    #[arg(long)]
+    path: Option<String>,
+    /// The name to ask for and to verify; absent: the host.
+    #[arg(long)]
+    name: Option<String>,
+    /// Certificates to trust, as PEM.
+    #[arg(long, default_value = "/etc/ssl/certs/ca-certificates.crt")]
+    ca: PathBuf,
+    /// Take any certificate.
+    #[arg(long, conflicts_with = "ca")]
+    insecure: bool,
+    /// No TLS at all.
+    #[arg(long)]
+    plain: bool,
+    /// Only TLS_AES_256_GCM_SHA384 and X25519MLKEM768, as in comparisons.
+    #[arg(long)]
+    strict: bool,
+    /// MiB that each connection of `up` and `both` sends.
+    #[arg(long, default_value_t = 64)]
+    upload_mib: u64,
+}
+
+/// The server that the comparison has behind every peer, for a host of your own.
+#[derive(Args, Debug)]
+struct UpstreamOptions {
+    #[arg(long, default_value = "127.0.0.1:8080")]
+    listen: SocketAddr,
+}
+
+/// Say whether the second result is worse than the first; exit status 1 if so.
+#[derive(Args, Debug)]
+struct CompareOptions {
+    before: PathBuf,
+    after: PathBuf,
+}
+
+/// Make an HTML page of a result: one file that opens from disk.
+#[derive(Args, Debug)]
+struct ReportOptions {
+    file: PathBuf,
+    /// The page; absent: beside the result.
+    #[arg(long)]
+    out: Option<PathBuf>,
+}
+
+#[derive(Args, Debug)]
+struct RelayOptions {
+    #[arg(long, value_enum)]
+    mode: Mode,
+    #[arg(long)]
+    listen: SocketAddr,
+    #[arg(long)]
+    upstream: SocketAddr,
+}
+
+fn main() -> ExitCode {
+    match perform(Cli::parse().command) {
+        Ok(status) => status,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::from(2)
+        }
+    }
+}
+
+fn perform(task: Task) -> Result<ExitCode> {
+    match task {
+        Task::Run(options) => run(&options)?,
+        Task::Load(options) => put_load(&options)?,
+        Task::Upstream(options) => {
+            let address = upstream::start(options.listen)?;
+            println!("listening on {address}: GET /bytes/N, POST /");
+            loop {
+                std::thread::park();
+            }
+        }
+        Task::Compare(options) => {
+            let changes = compare::compare(&Run::read(&options.before)?, &Run::read(&options.after)?);
+            if changes.is_empty() {
+                bail!("the two results have no row of tlsplice's in common");
+            }
+            print!("{}", compare::show(&changes));
+            if changes.iter().any(|change| change.verdict == Verdict::Worse) {
+                return Ok(ExitCode::FAILURE);
+            }
+        }
+        Task::Report(options) => {
+            let out = options.out.unwrap_or_else(|| options.file.with_extension("html"));
+            write_report(&Run::read(&options.file)?, &out)?;
+        }
+        Task::Show { file } => print!("{}", table::show(&Run::read(&file)?)),
+        Task::PlainRelay(options) => plain_relay::serve(options.mode, options.listen, options.upstream)?,
+        Task::CallCost => println!("{:.1}", machine::call_ns()),
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn write_report(run: &Run, out: &Path) -> Result<()> {
+    std::fs::write(out, report::page(run)).with_context(|| format!("write {}", out.display()))?;
+    eprintln!("report: {}", out.display());
+    Ok(())
+}
+
+/// A folder for one run, removed at its end.
+struct Workplace(PathBuf);
+
+impl Workplace {
+    fn new() -> Result<Self> {
+        let path = std::env::temp_dir().join(format!("tlsplice-bench-{}", std::process::id()));
+        std::fs::create_dir_all(&path).with_context(|| format!("create {}", path.display()))?;
+        Ok(Self(path))
+    }
+}
+
+impl Drop for Workplace {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
+fn run(options: &RunOptions) -> Result<()> {
+    let work = Workplace::new()?;
+    let line_up = Peer::line_up(machine::Machine::look().kernel_tls);
+    let mut peers = line_up.clone();
+    if !options.peers.is_empty() {
+        let known = line_up.iter().map(|peer| peer.name()).collect::<Vec<_>>();
+        if let Some(unknown) = options.peers.iter().find(|name| !known.contains(&name.as_str())) {
+            bail!("--peers {unknown}: on this kernel there are {}", known.join(", "));
+        }
+        peers.retain(|peer| options.peers.iter().any(|name| name == peer.name()));
+    }
+    let plan = Plan {
+        programs: Programs { tlsplice: options.tlsplice.clone(), root: options.peers_root.clone() },
+        peers,
+        kinds: if options.kinds.is_empty() { Kind::ALL.to_vec() } else { options.kinds.clone() },
+        rounds: options.rounds.unwrap_or(if options.quick { 5 } else { 9 }),
+        seconds: options.seconds.unwrap_or(if options.quick { 0.3 } else { 1.5 }),
+        workers: options.workers,
+        pin: !options.no_pin,
+        idle_connections: options.idle_connections.unwrap_or(if options.quick { 300 } else { 1000 }),
+        upload_bytes: options.upload_mib.unwrap_or(if options.quick { 32 } else { 192 }) << 20,
+        limit: options.limit,
+        native_call_ns: options.native_call_ns,
+        counted: options.counted,
+        folder: work.0.clone(),
+        commit: options.commit.clone(),
+        budget: Duration::from_secs(options.budget.unwrap_or(if options.quick { QUICK_BUDGET_S } else { BUDGET_S })),
+    };
+    let result = measure::run(&plan)?;
+    print!("{}", table::show(&result));
+    if let Some(file) = &options.json {
+        result.write(file)?;
+        eprintln!("result: {}", file.display());
+    }
+    if let Some(file) = &options.html {
+        write_report(&result, file)?;
+    }
+    Ok(())
+}
+
+fn put_load(options: &LoadOptions) -> Result<()> {
+    let _ = machine::raise_descriptor_limit();
+    let address = options.target.to_socket_addrs().with_context(|| format!("{} is no HOST:PORT", options.target))?;
+    let address = address.into_iter().next().with_context(|| format!("{} has no address", options.target))?;
+    let host = options.target.rsplit_once(':').map_or(options.target.as_str(), |(host, _)| host);
+    let name = options.name.clone().unwrap_or_else(|| host.trim_matches(['[', ']']).to_owned());
+    let tls = if options.plain {
+        None
+    } else {
+        let trust = if options.insecure { Trust::Anybody } else { trusted(&options.ca)? };
+        Some(Protection { trust, any_parameters: !options.strict })
+    };
+    let target = Target { address, name: ServerName::try_from(name).context("the server's name")?, tls };
+    let mut load = Load::of(options.kind, Duration::from_secs_f64(options.seconds));
+    load.connections = options.connections.unwrap_or(load.connections);
+    load.rate = options.rate;
+    load.upload_bytes = options.upload_mib << 20;
+    load.path.clone_from(&options.path);
+    let outcome = load::run(&target, &load, &mut |_| Ok(()))?;
+    let seconds = outcome.elapsed.as_secs_f64();
+    match load.kind.unit() {
+        load::Unit::Byte => {
+            let mib = outcome.units as f64 / f64::from(1 << 20);
+            println!("{mib:.0} MiB in {seconds:.2} s: {:.1} MiB/s", mib / seconds);
+        }
+        load::Unit::Connection | load::Unit::Request => {
+            println!("{} in {seconds:.2} s: {:.1} per second", outcome.units, outcome.units as f64 / seconds);
+        }
+    }
+    if load.kind == Kind::Resumed {
+        println!("{} of {} were resumed", outcome.resumed, outcome.units);
+    }
+    if !outcome.latency.is_empty() {
+        let quantiles = [0.5, 0.9, 0.99, 0.999, 1.0];
+        let said = PERCENTILES
+            .iter()
+            .zip(quantiles)
+            .map(|(name, share)| format!("{name} {} µs", outcome.latency.value_at_quantile(share)));
+        println!("latency: {}", said.collect::<Vec<_>>().join(", "));
+    }
+    Ok(())
+}
+
+fn trusted(file: &Path) -> Result<Trust> {
+    let mut roots = rustls::RootCertStore::empty();
+    let certificates = CertificateDer::pem_file_iter(file)
+        .with_context(|| format!("read {}: name a file by --ca, or use --insecure", file.display()))?;
+    for certificate in certificates {
+        roots.add(certificate.with_context(|| format!("read {}", file.display()))?).context("trust a certificate")?;
+    }
+    Ok(Trust::Roots(Arc::new(roots)))
+}

@@ -1,0 +1,368 @@
+//! Measures peers side by side: in each round all of them are started afresh, and each kind of work meets one after the other
+//! before the next kind begins, so that what else the machine does meets all of them alike.
+//!
+//!   round ─▶ start all ─▶ kind ─▶ peer, peer, peer (another first one each round) ─▶ … ─▶ end all
+//!
+//! A peer that cannot be started or fails at some work is left out of that and named in the remarks; it does not end the run.
+
+use crate::certificate::{Certificate, NAME};
+use crate::client::{self, Protection, Target, Trust};
+use crate::load::{self, Kind, Load, Mark, Unit};
+use crate::machine::{self, Machine};
+use crate::peers::{self, Peer, Program, Programs, Setup, Started};
+use crate::process::Usage;
+use crate::progress::Progress;
+use crate::result::{FORMAT, Figure, Limit, Round, Run, Series, Settings};
+use crate::{insn_mark, statistics, upstream};
+use anyhow::{Context, Result, bail, ensure};
+use rustls::pki_types::ServerName;
+use std::net::{Ipv4Addr, SocketAddr};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime};
+
+/// What is passed through each peer and compared before anything is measured.
+const CHECK_BYTES: u64 = 3 << 20;
+/// Between two measurements: what the last one left behind is done by then.
+const PAUSE: Duration = Duration::from_millis(30);
+/// The open loop's rate, as a share of the best peer's rate in the closed loop.
+pub const OPEN_LOOP_SHARE: f64 = 0.7;
+/// Buffers of the cipher's own measurement.
+const CIPHER_BUFFER_BYTES: usize = 16 << 10;
+
+/// What to measure.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    pub programs: Programs,
+    pub peers: Vec<Peer>,
+    pub kinds: Vec<Kind>,
+    pub rounds: usize,
+    pub seconds: f64,
+    pub workers: usize,
+    /// Held to CPUs, the proxies to the last ones.
+    pub pin: bool,
+    pub idle_connections: usize,
+    pub upload_bytes: u64,
+    pub limit: bool,
+    /// What a system call costs on the machine itself, where this is not it.
+    pub native_call_ns: Option<f64>,
+    /// In a guest whose instructions are counted: begins and ends are marked, and each measurement is told in a line.
+    pub counted: bool,
+    pub folder: PathBuf,
+    pub commit: String,
+    /// Rounds that would not be done by then are not begun; the first always is.
+    pub budget: Duration,
+}
+
+/// Measures all of it.
+pub fn run(plan: &Plan) -> Result<Run> {
+    ensure!(plan.rounds > 0 && !plan.peers.is_empty() && !plan.kinds.is_empty(), "there is nothing to measure");
+    let descriptors = machine::raise_descriptor_limit();
+    let machine = Machine::look();
+    let call_ns = plan.native_call_ns.map(|native| (native, machine::call_ns()));
+    let cpus = cpus(plan)?;
+    if let Some((_, load)) = &cpus {
+        machine::hold_to(load)?;
+    }
+    let certificate = Certificate::make(&plan.folder)?;
+    let upstream = upstream::start(SocketAddr::from((Ipv4Addr::LOCALHOST, 0)))?;
+    let setup = Setup {
+        programs: plan.programs.clone(),
+        certificate,
+        upstream,
+        workers: plan.workers,
+        cpus: cpus.as_ref().map(|(proxy, _)| proxy.clone()),
+        bound_to_us: !plan.counted,
+        descriptors,
+        folder: plan.folder.clone(),
+        kernel_tls: machine.kernel_tls,
+    };
+    let settings = Settings {
+        rounds: plan.rounds,
+        seconds: plan.seconds,
+        workers: plan.workers,
+        proxy_cpus: setup.cpus.as_deref().map(peers::listed),
+        load_cpus: cpus.as_ref().map(|(_, load)| peers::listed(load)),
+        protection: "TLS 1.3, TLS_AES_256_GCM_SHA384, X25519MLKEM768, ECDSA P-256".into(),
+        call_ns,
+        open_rate: None,
+    };
+    let mut run = Run {
+        format: FORMAT,
+        taken_at: SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |d| d.as_secs()),
+        machine,
+        settings,
+        versions: Vec::new(),
+        commit: plan.commit.clone(),
+        series: Vec::new(),
+        limit: None,
+        remarks: Vec::new(),
+    };
+    Measuring { plan, setup, run: &mut run, peers: Vec::new(), started: Instant::now() }.all()?;
+    run.machine.load_after = machine::load();
+    Ok(run)
+}
+
+/// The CPUs of the proxies and of the generator.
+fn cpus(plan: &Plan) -> Result<Option<(Vec<usize>, Vec<usize>)>> {
+    let all = machine::cpus()?;
+    if !plan.pin || all.len() <= plan.workers {
+        return Ok(None);
+    }
+    let (load, proxy) = all.split_at(all.len() - plan.workers);
+    Ok(Some((proxy.to_vec(), load.to_vec())))
+}
+
+struct Measuring<'a> {
+    plan: &'a Plan,
+    setup: Setup,
+    run: &'a mut Run,
+    peers: Vec<Peer>,
+    started: Instant,
+}
+
+impl Measuring<'_> {
+    fn all(mut self) -> Result<()> {
+        self.peers = self.checked()?;
+        let steps = self.plan.rounds * self.plan.kinds.len() * self.peers.len();
+        let mut progress = Progress::new(steps as u64);
+        // The open loop comes last: its rate follows from the closed one.
+        let (closed, open): (Vec<Kind>, Vec<Kind>) = self.plan.kinds.iter().partition(|kind| **kind != Kind::OpenLoop);
+        let share = closed.len() as f64 / self.plan.kinds.len() as f64;
+        self.rounds(&closed, self.plan.budget.mul_f64(share), &mut progress)?;
+        if self.plan.limit {
+            self.run.limit = Some(self.limit(&progress)?);
+        }
+        if !open.is_empty() {
+            let best = self.run.best_peer(Kind::Request, Figure::Rate).and_then(|s| s.median(Figure::Rate));
+            let own = self.run.series.iter().find(|s| s.kind == Kind::Request).and_then(|s| s.median(Figure::Rate));
+            match best.or(own) {
+                Some(rate) => {
+                    self.run.settings.open_rate = Some(rate * OPEN_LOOP_SHARE);
+                    self.rounds(&open, self.plan.budget, &mut progress)?;
+                }
+                None => self.run.remarks.push("open-loop: left out, its rate follows from `request`".into()),
+            }
+        }
+        Ok(())
+    }
+
+    /// Peers that start, pass bytes on unchanged, and have a version.
+    fn checked(&mut self) -> Result<Vec<Peer>> {
+        let mut good = Vec::new();
+        for peer in &self.plan.peers {
+            match self.check(*peer) {
+                Ok(()) => good.push(*peer),
+                Err(error) => self.remark(&format!("{}: left out: {error:#}", peer.name())),
+            }
+        }
+        if good.is_empty() {
+            bail!("no peer is left: {}", self.run.remarks.join("; "));
+        }
+        Ok(good)
+    }
+
+    fn check(&mut self, peer: Peer) -> Result<()> {
+        let name = match peer.program() {
+            Program::Tlsplice => "tlsplice",
+            Program::Nginx => "nginx",
+            Program::Haproxy => "haproxy",
+            Program::Hitch => "hitch",
+            Program::Ourselves => "tlsplice-bench",
+        };
+        if !self.run.versions.iter().any(|(known, _)| known == name) {
+            let version = self.setup.programs.version(peer.program())?;
+            self.run.versions.push((name.into(), version));
+        }
+        let started = self.setup.start(peer)?;
+        let target = target(&self.setup, &started)?;
+        client::check(&target, CHECK_BYTES).with_context(|| format!("it said: {}", started.process.said()))
+    }
+
+    fn remark(&mut self, text: &str) {
+        if !self.run.remarks.iter().any(|known| known == text) {
+            eprintln!("{text}");
+            self.run.remarks.push(text.to_owned());
+        }
+    }
+
+    /// As many rounds as were asked for and fit into the time.
+    fn rounds(&mut self, kinds: &[Kind], until: Duration, progress: &mut Progress) -> Result<()> {
+        let mut longest = Duration::ZERO;
+        for number in 0..self.plan.rounds {
+            if number > 0 && self.started.elapsed() + longest > until {
+                let names = kinds.iter().map(|kind| kind.name()).collect::<Vec<_>>().join(", ");
+                self.remark(&format!("{number} of {} rounds: the time was up ({names})", self.plan.rounds));
+                break;
+            }
+            let since = Instant::now();
+            self.round(number, kinds, progress)?;
+            longest = longest.max(since.elapsed());
+        }
+        Ok(())
+    }
+
+    fn start_all(&self) -> Result<Vec<Started>> {
+        self.peers.iter().map(|peer| self.setup.start(*peer)).collect()
+    }
+
+    fn round(&mut self, number: usize, kinds: &[Kind], progress: &mut Progress) -> Result<()> {
+        let shared = self.start_all()?;
+        for kind in kinds {
+            let load = self.load(*kind);
+            // Memory is asked of programs that have done nothing yet: what earlier work has freed would be taken again.
+            let fresh = if kind.holds_memory() { Some(self.start_all()?) } else { None };
+            let started = fresh.as_ref().unwrap_or(&shared);
+            // Another one comes first in each round.
+            let mut order: Vec<&Started> = started.iter().collect();
+            order.rotate_left(number % started.len());
+            for peer in order {
+                progress.step(&format!("round {}, {}, {}", number + 1, kind.name(), peer.peer.name()));
+                std::thread::sleep(PAUSE);
+                match measure(&self.setup, peer, &load, self.run.settings.call_ns, self.plan.counted) {
+                    Ok(round) => self.keep(*kind, peer.peer, round),
+                    Err(error) => {
+                        let said = peer.process.said();
+                        progress.note(&format!("{}: {error:#}; it said: {said}", peer.peer.name()));
+                        self.run.remarks.push(format!("round {}: {}: {error:#}", number + 1, peer.peer.name()));
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn load(&self, kind: Kind) -> Load {
+        let mut load = Load::of(kind, Duration::from_secs_f64(self.plan.seconds));
+        load.upload_bytes = self.plan.upload_bytes;
+        if kind == Kind::Idle {
+            load.connections = self.plan.idle_connections;
+        }
+        if let Some(rate) = self.run.settings.open_rate {
+            load.rate = rate;
+        }
+        load
+    }
+
+    fn keep(&mut self, kind: Kind, peer: Peer, round: Round) {
+        let known = self.run.series.iter_mut().find(|s| s.kind == kind && s.peer == peer.name());
+        match known {
+            Some(series) => series.rounds.push(round),
+            None => self.run.series.push(Series { kind, peer: peer.name().into(), rounds: vec![round] }),
+        }
+    }
+
+    /// The floor: relays without TLS, and the cipher alone.
+    fn limit(&mut self, progress: &Progress) -> Result<Limit> {
+        progress.note("limit: a relay without TLS, and the cipher");
+        let mut limit = Limit {
+            copy_down: Vec::new(),
+            copy_up: Vec::new(),
+            splice_down: Vec::new(),
+            splice_up: Vec::new(),
+            cipher: Vec::new(),
+        };
+        for _ in 0..self.plan.rounds {
+            for peer in [Peer::CopyRelay, Peer::SpliceRelay] {
+                let started = self.setup.start(peer)?;
+                for kind in [Kind::Down, Kind::Up] {
+                    std::thread::sleep(PAUSE);
+                    let round = measure(&self.setup, &started, &self.load(kind), self.run.settings.call_ns, false)?;
+                    let values = match (peer, kind) {
+                        (Peer::CopyRelay, Kind::Down) => &mut limit.copy_down,
+                        (Peer::CopyRelay, _) => &mut limit.copy_up,
+                        (_, Kind::Down) => &mut limit.splice_down,
+                        (_, _) => &mut limit.splice_up,
+                    };
+                    values.extend(round.figure(Figure::Cpu, kind));
+                }
+            }
+            limit.cipher.push(cipher_seconds_per_gib()?);
+        }
+        Ok(limit)
+    }
+}
+
+fn target(setup: &Setup, started: &Started) -> Result<Target> {
+    let protection =
+        || anyhow::Ok(Protection { trust: Trust::Roots(Arc::new(setup.certificate.roots()?)), any_parameters: false });
+    Ok(Target {
+        address: started.address,
+        name: ServerName::try_from(NAME).context("the certificate's name")?,
+        tls: if started.peer.is_plain() { None } else { Some(protection()?) },
+    })
+}
+
+/// One peer, one kind of work, once.
+fn measure(setup: &Setup, started: &Started, load: &Load, call_ns: Option<(f64, f64)>, counted: bool) -> Result<Round> {
+    let target = target(setup, started)?;
+    if let Some(cpus) = &setup.cpus {
+        started.process.hold_to(cpus)?;
+    }
+    let mut usages: Vec<(Mark, Usage)> = Vec::new();
+    let outcome = load::run(&target, load, &mut |mark| {
+        if counted && mark == Mark::End {
+            insn_mark::end();
+        }
+        usages.push((mark, started.process.usage()?));
+        if counted && mark == Mark::Begin {
+            insn_mark::begin();
+        }
+        Ok(())
+    })?;
+    if counted {
+        println!("COUNTED {} {} {}", load.kind.name(), started.peer.name(), outcome.units);
+    }
+    let at = |mark: Mark| usages.iter().find(|(m, _)| *m == mark).map(|(_, usage)| usage);
+    let (Some(before), Some(begin), Some(end)) = (at(Mark::Before), at(Mark::Begin), at(Mark::End)) else {
+        bail!("the run told not when it began and ended");
+    };
+    let cpu = end.since(begin);
+    let calls = end.calls.saturating_sub(begin.calls);
+    let excess = call_ns.map_or(0.0, |(native, here)| (here - native).max(0.0) * calls as f64);
+    let holds = load.kind.holds_memory();
+    let per_connection = |after: u64, before: u64| (after as f64 - before as f64) / load.connections as f64;
+    let latency = &outcome.latency;
+    let percentile = |share: f64| latency.value_at_quantile(share) as f64;
+    Ok(Round {
+        units: outcome.units,
+        seconds: outcome.elapsed.as_secs_f64(),
+        cpu_ns: cpu.total_ns as f64 - excess,
+        gross_cpu_ns: cpu.total_ns as f64,
+        user_share: cpu.user_share,
+        calls,
+        resumed: outcome.resumed,
+        pss_per_connection: holds.then(|| per_connection(end.pss_bytes, before.pss_bytes)),
+        slab_per_connection: (load.kind == Kind::Idle).then(|| per_connection(end.slab_bytes, before.slab_bytes)),
+        latency_us: (!latency.is_empty())
+            .then(|| [percentile(0.5), percentile(0.9), percentile(0.99), percentile(0.999), latency.max() as f64]),
+    })
+}
+
+/// AES-256-GCM in place, by the library that tlsplice and rustls use.
+fn cipher_seconds_per_gib() -> Result<f64> {
+    use aws_lc_rs::aead::{AES_256_GCM, Aad, LessSafeKey, Nonce, UnboundKey};
+    const TOTAL_BYTES: usize = 512 << 20;
+    let key = UnboundKey::new(&AES_256_GCM, &[7; 32]).map_err(|_| anyhow::anyhow!("make a key"))?;
+    let key = LessSafeKey::new(key);
+    let mut buffer = vec![0; CIPHER_BUFFER_BYTES];
+    let since = Instant::now();
+    for _ in 0..TOTAL_BYTES / CIPHER_BUFFER_BYTES {
+        let nonce = Nonce::assume_unique_for_key([0; 12]);
+        let tag = key.seal_in_place_separate_tag(nonce, Aad::empty(), &mut buffer);
+        tag.map(std::hint::black_box).map(drop).map_err(|_| anyhow::anyhow!("seal a buffer"))?;
+    }
+    Ok(since.elapsed().as_secs_f64() * crate::result::GIB / TOTAL_BYTES as f64)
+}
+
+/// What a limit comes to: copying and the cipher, and splice and the cipher; s per GiB, down and up.
+pub fn floors(limit: &Limit) -> Option<[(f64, f64); 2]> {
+    let cipher = statistics::median(&limit.cipher)?;
+    let sum = |values: &[f64]| statistics::median(values).map(|relay| relay + cipher);
+    Some([(sum(&limit.copy_down)?, sum(&limit.copy_up)?), (sum(&limit.splice_down)?, sum(&limit.splice_up)?)])
+}
+
+/// Whether a kind is counted in bytes.
+pub fn is_bulk(kind: Kind) -> bool {
+    kind.unit() == Unit::Byte
+}

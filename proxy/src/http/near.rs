@@ -1,0 +1,233 @@
+//! The client's side of a connection in mode "http": its plaintext, what was read ahead of it, and how it ended.
+//!
+//!   client ─▶ receive ─▶ inbox (a head in parts, pipelined requests) ─▶ read_head ─▶ …
+//!
+//! The inbox is bounded and given back when it is empty: a connection between two requests holds none.
+
+use super::downstream::Downstream;
+use super::head::{Extent, Scanner};
+use super::refusal::{Refusal, Status};
+use crate::observe::counters::End;
+use crate::relay::user_tls::{Received, Then};
+use crate::relay::userspace::Door;
+use crate::relay::{Ended, Scratch, Want};
+use crate::ring::Sock;
+use crate::watch::Verdict;
+use std::future::poll_fn;
+use std::ops::Range;
+use std::task::{Context, Poll, ready};
+use std::time::{Duration, Instant};
+
+/// Bytes read at once where a head is expected, and read ahead while a response is on its way.
+pub const HEAD_READ_BYTES: usize = 16 << 10;
+
+/// See the module.
+pub struct Near {
+    pub downstream: Downstream,
+    /// Plaintext that was received and that nobody has taken yet.
+    pub inbox: Vec<u8>,
+    /// The client sends no more.
+    pub gone: Option<Gone>,
+    pub door: Door,
+}
+
+/// How the client's stream ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Gone {
+    Clean,
+    /// Without a close_notify. What had come whole before it is answered all the same.
+    Truncated,
+    /// It goes on under a key that this kernel cannot take.
+    NoRekey,
+}
+
+/// Why there is no next request.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum NoRequest {
+    /// The client has none, or has had its time, or we drain.
+    Over(End),
+    /// It sent what is none.
+    Refused(Refusal),
+    Ended(Ended),
+}
+
+/// How long a head may take.
+#[derive(Debug, Clone, Copy)]
+pub struct Patience {
+    /// Until its first byte.
+    pub idle: Duration,
+    /// From then to its end.
+    pub head: Duration,
+    /// Bytes.
+    pub limit: usize,
+    /// A drain ends the wait: the connection has had a request already.
+    pub ends_in_drain: bool,
+}
+
+impl Near {
+    pub fn new(downstream: Downstream, door: Door) -> Self {
+        Self { downstream, inbox: Vec::new(), gone: None, door }
+    }
+
+    /// The kernel shall take over: reads become exact.
+    pub fn wants_door(&self) -> bool {
+        matches!(self.downstream, Downstream::User(_)) && self.downstream.client().wants_door(self.door)
+    }
+
+    pub fn is_at_door(&self) -> bool {
+        self.wants_door() && self.gone.is_none() && self.downstream.is_at_boundary()
+    }
+
+    /// Notes how the stream stands behind what was received.
+    pub fn note(&mut self, then: Then) -> Result<(), Ended> {
+        match then {
+            Then::Open => {}
+            Then::Closed => self.gone = Some(Gone::Clean),
+            Then::Truncated => self.gone = Some(Gone::Truncated),
+            Then::NoRekey => self.gone = Some(Gone::NoRekey),
+            Then::Refused(ended) => return Err(ended),
+        }
+        Ok(())
+    }
+
+    /// Receives about `max` bytes; plaintext lies in the scratch's pieces. `None`: nothing is there.
+    pub fn receive(&mut self, scratch: &mut Scratch, max: usize) -> Result<Option<Received>, Ended> {
+        if self.gone.is_some() {
+            return Ok(None);
+        }
+        let exact = self.wants_door();
+        let received = self.downstream.receive(scratch, max, exact)?;
+        if let Some(received) = &received {
+            let is_kernel = matches!(self.downstream, Downstream::Kernel(_));
+            let client = self.downstream.client_mut();
+            client.worker.counters.up_copied.add(received.bytes as u64);
+            // The kernel's side has counted it there already.
+            client.moved_up += if is_kernel { 0 } else { received.bytes as u64 };
+            self.note(received.then)?;
+        }
+        Ok(received)
+    }
+
+    /// Keeps pieces for later.
+    pub fn keep(&mut self, received: &[u8], pieces: &[Range<usize>]) {
+        for piece in pieces {
+            self.inbox.extend_from_slice(&received[piece.clone()]);
+        }
+    }
+
+    /// Drops what was taken from the front of the inbox.
+    pub fn take(&mut self, bytes: usize) {
+        self.inbox.drain(..bytes);
+        if self.inbox.is_empty() {
+            self.inbox = Vec::new();
+        }
+    }
+
+    /// Receives into the inbox until it holds `limit` bytes. True: something came, or the stream ended.
+    pub fn read_ahead(&mut self, scratch: &mut Scratch, limit: usize) -> Result<bool, Ended> {
+        if self.inbox.len() >= limit {
+            return Ok(false);
+        }
+        let Some(_) = self.receive(scratch, HEAD_READ_BYTES)? else { return Ok(false) };
+        self.keep(&scratch.received, &scratch.pieces);
+        Ok(true)
+    }
+
+    /// Waits until a socket is ready or time is up.
+    pub fn poll_ready(
+        &mut self,
+        cx: &mut Context<'_>,
+        upstream: Option<&mut Sock>,
+        want: Want,
+    ) -> Poll<Result<(), Verdict>> {
+        if want.client_read && !self.downstream.before_wait() {
+            return Poll::Ready(Ok(()));
+        }
+        let ready = self.downstream.client_mut().poll_ready(cx, upstream, want);
+        if self.downstream.after_wait(cx) && ready.is_pending() {
+            self.downstream.client_mut().sock.readable = true;
+            return Poll::Ready(Ok(()));
+        }
+        ready
+    }
+
+    /// Waits for the next request's head, which then lies at the front of the inbox.
+    pub async fn read_head(&mut self, patience: Patience) -> Result<Extent, NoRequest> {
+        let mut scanner = Scanner::request();
+        let mut began: Option<Instant> = None;
+        let watch = self.downstream.client().watch.clone();
+        watch.forgive();
+        watch.allow(patience.idle);
+        poll_fn(|cx| {
+            loop {
+                match scanner.scan(&self.inbox, patience.limit) {
+                    Ok(Some(extent)) => return Poll::Ready(Ok(extent)),
+                    Ok(None) => {}
+                    Err(refusal) => return Poll::Ready(Err(NoRequest::Refused(refusal))),
+                }
+                if let Some(over) = self.no_head(&scanner, patience.ends_in_drain && watch.is_draining()) {
+                    return Poll::Ready(Err(over));
+                }
+                if !scanner.is_idle() && began.is_none() {
+                    began = Some(Instant::now());
+                    watch.allow(patience.head);
+                }
+                if began.is_some_and(|began| began.elapsed() > patience.head) {
+                    return Poll::Ready(Err(NoRequest::Refused(TOO_SLOW)));
+                }
+                match self.poll_more(cx) {
+                    Poll::Pending => return Poll::Pending,
+                    Poll::Ready(Ok(())) => {}
+                    Poll::Ready(Err(Waited::Ended(ended))) => return Poll::Ready(Err(NoRequest::Ended(ended))),
+                    Poll::Ready(Err(Waited::Verdict(Verdict::Cut))) => {
+                        return Poll::Ready(Err(NoRequest::Ended(Ended::abort(End::Drained))));
+                    }
+                    Poll::Ready(Err(Waited::Verdict(Verdict::TimedOut))) => {
+                        let over =
+                            if scanner.is_idle() { NoRequest::Over(End::Idle) } else { NoRequest::Refused(TOO_SLOW) };
+                        return Poll::Ready(Err(over));
+                    }
+                }
+            }
+        })
+        .await
+    }
+
+    /// No further byte of a head will come, or is wanted.
+    fn no_head(&self, scanner: &Scanner, draining: bool) -> Option<NoRequest> {
+        match (self.gone, scanner.is_idle()) {
+            (Some(Gone::NoRekey), _) => Some(NoRequest::Over(End::NoRekey)),
+            (Some(Gone::Clean | Gone::Truncated), false) => Some(NoRequest::Ended(Ended::abort(End::ClientTruncated))),
+            (Some(Gone::Clean), true) => Some(NoRequest::Over(End::Clean)),
+            (Some(Gone::Truncated), true) => Some(NoRequest::Over(End::ClientTruncated)),
+            (None, idle) => (idle && draining).then_some(NoRequest::Over(End::Clean)),
+        }
+    }
+
+    /// Sends what is owed and receives what is there, or waits.
+    fn poll_more(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Waited>> {
+        let worker = self.downstream.client().worker.clone();
+        let sent = self.downstream.flush(cx).map_err(Waited::Ended)?;
+        if sent {
+            self.downstream.rest();
+        }
+        if self.read_ahead(&mut worker.scratch.borrow_mut(), usize::MAX).map_err(Waited::Ended)? {
+            return Poll::Ready(Ok(()));
+        }
+        let sock = &self.downstream.client().sock;
+        let want = Want {
+            client_read: !sock.readable,
+            client_write: !sent && !sock.writable && !self.downstream.is_in_flight(),
+            ..Want::default()
+        };
+        ready!(self.poll_ready(cx, None, want)).map_err(Waited::Verdict)?;
+        Poll::Ready(Ok(()))
+    }
+}
+
+const TOO_SLOW: Refusal = Refusal::new(Status::RequestTimeout, "the head took longer than http.head_timeout");
+
+enum Waited {
+    Ended(Ended),
+    Verdict(Verdict),
+}

@@ -1,0 +1,283 @@
+//! A client's plaintext behind the door: the kernel opens and seals the records, this module does what else TLS asks for.
+//!
+//!   client (TLS_RX) ─▶ splice into a pipe, or recvmsg        a pipe, or send ─▶ (TLS_TX) client
+//!
+//! Splice takes data only. When it will not, a record of another kind is at the head, and is read by recvmsg at once,
+//! because a poll no longer tells of it. Nothing here asks for a kernel version: the probe's answers decide. This module
+//! knows no upstream.
+
+use super::flow::{Flow, Splicer};
+use super::record::{self, Fatal, Head, Storm, alert};
+use super::user_tls::{Received, Then};
+use super::{COPY_BYTES, Client, ClientEnd, Ended, Scratch, TURN_BYTES, UpstreamEnd, is_gone};
+use crate::observe::counters::End;
+use crate::protect::PLAIN_BYTES;
+use crate::sys::ktls::{self, Direction, content_type};
+use crate::sys::socket;
+use std::future::Future;
+use std::io;
+use std::pin::Pin;
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
+use tokio::time::Sleep;
+
+pub use super::keys::KernelKeys;
+
+/// Records are gathered in the pipe up to this before they are spliced on: past it the gain is 2 %, before it 9 %.
+const GATHER_BYTES: usize = 128 << 10;
+/// Pipe slots that one record may take: its pages, and one for where it starts.
+const RECORD_PIPE_PAGES: usize = 18;
+/// How long a partial record may keep the kernel's queue below the mark that was set for its next byte.
+const PARTIAL_RECORD_RETRY: Duration = Duration::from_millis(10);
+
+/// See the module.
+pub struct KernelTls {
+    pub client: Client,
+    keys: KernelKeys,
+    /// A KeyUpdate of ours is due, because the client asked for one or our key is used up.
+    key_update_due: bool,
+    storm: Storm,
+    /// SO_RCVLOWAT stands above 1, because a partial record would wake us for ever; read again when this is over.
+    low_water: Option<Pin<Box<Sleep>>>,
+    /// A splice to the client runs on the ring: no record of ours may come between.
+    pub is_sending: bool,
+}
+
+impl KernelTls {
+    pub fn new(client: Client, keys: KernelKeys) -> Self {
+        Self { client, keys, key_update_due: false, storm: Storm::default(), low_water: None, is_sending: false }
+    }
+
+    /// Who makes this connection's splices.
+    pub fn splicer(&self) -> Splicer {
+        match self.client.worker.splice {
+            crate::config::SpliceMode::Ring => Splicer::Ring,
+            crate::config::SpliceMode::Inline | crate::config::SpliceMode::Auto => Splicer::Inline,
+        }
+    }
+
+    // ---- waiting for the client
+
+    /// Where a partial record counts as readable, asks to be woken by the next byte instead. False: read again, as
+    /// more than the bytes counted here may have come before the mark was set.
+    pub fn raise_low_water(&mut self) -> bool {
+        let armed = self.low_water.is_some() || self.client.sock.read_armed();
+        if !self.client.worker.kernel.partial_record_wakes || armed {
+            return true;
+        }
+        match socket::readable_bytes(self.client.sock.fd()) {
+            Ok(partial) if partial > 0 => {
+                let _ = socket::set_receive_low_water(self.client.sock.fd(), partial + 1);
+                self.low_water = Some(Box::pin(tokio::time::sleep(PARTIAL_RECORD_RETRY)));
+                self.client.sock.readable = true;
+                false
+            }
+            Ok(_) | Err(_) => true,
+        }
+    }
+
+    /// Back to 1 as soon as the poll has ended. True: it has not, and it is time to read all the same, because the
+    /// kernel may have taken the bytes that were counted out of the queue, and then the mark is never reached.
+    pub fn lower_low_water(&mut self, cx: &mut Context<'_>) -> bool {
+        let Some(retry) = &mut self.low_water else { return false };
+        let over = retry.as_mut().poll(cx).is_ready();
+        if over || !self.client.sock.read_armed() {
+            self.reset_low_water();
+        }
+        over
+    }
+
+    pub fn reset_low_water(&mut self) {
+        if self.low_water.take().is_some() {
+            let _ = socket::set_receive_low_water(self.client.sock.fd(), 1);
+        }
+    }
+
+    // ---- client's plaintext
+
+    /// Moves at most `max` bytes into the flow, by its pipe or, where there is none, by a copy.
+    pub fn fill(
+        &mut self,
+        cx: &mut Context<'_>,
+        flow: &mut Flow,
+        scratch: &mut Scratch,
+        max: usize,
+    ) -> Poll<Result<Received, Ended>> {
+        const NOTHING: Poll<Result<Received, Ended>> = Poll::Ready(Ok(Received { bytes: 0, then: Then::Open }));
+        if !flow.has_pipe(&self.client.share) {
+            return Poll::Ready(self.copy(flow, &mut scratch.received[..COPY_BYTES.min(max)], None));
+        }
+        let held = flow.in_pipe();
+        match ready!(flow.poll_fill(cx, &self.client.sock, max.min(TURN_BYTES))) {
+            Ok(n) if n > 0 => {
+                self.took_data(n);
+                // Less than a full record, most likely the last one for now; a poll tells if it was not.
+                self.client.sock.readable &= n >= PLAIN_BYTES.min(max);
+                let room = (held + n) / PLAIN_BYTES + 2;
+                let gather = self.client.worker.kernel.short_splice_safe
+                    && self.client.sock.readable
+                    && n < max
+                    && held + n < GATHER_BYTES
+                    && room * RECORD_PIPE_PAGES <= flow.pipe_pages();
+                if !gather {
+                    flow.turn_to_drain();
+                }
+                Poll::Ready(Ok(Received { bytes: n, then: Then::Open }))
+            }
+            Err(e) if socket::is_again(&e) => {
+                self.client.sock.readable = false;
+                if held > 0 {
+                    flow.turn_to_drain();
+                }
+                NOTHING
+            }
+            // The error is told once; a read after it would say that the stream has ended.
+            Err(e) if is_gone(&e) => Poll::Ready(Err(Ended::abort(End::ClientReset))),
+            _ if held > 0 => {
+                // What is in the pipe came first; afterwards splice refuses again.
+                flow.turn_to_drain();
+                NOTHING
+            }
+            Ok(_) => Poll::Ready(self.copy(flow, &mut scratch.received[..COPY_BYTES.min(max)], None)),
+            Err(e) => Poll::Ready(self.copy(flow, &mut scratch.received[..COPY_BYTES.min(max)], Some(e))),
+        }
+    }
+
+    fn copy(&mut self, flow: &mut Flow, buffer: &mut [u8], refused: Option<io::Error>) -> Result<Received, Ended> {
+        let received = self.read(buffer, refused)?;
+        if received.bytes > 0 {
+            self.client.worker.counters.up_copied.add(received.bytes as u64);
+            flow.copy(&buffer[..received.bytes]);
+        }
+        Ok(received)
+    }
+
+    fn took_data(&mut self, bytes: usize) {
+        self.storm.received_data();
+        self.client.moved_up += bytes as u64;
+        self.client.watch.touch();
+    }
+
+    /// Reads what splice would not take, or what is to be looked at. With no bytes and an open stream, `readable` tells
+    /// whether anything was there.
+    pub fn read(&mut self, buffer: &mut [u8], refused: Option<io::Error>) -> Result<Received, Ended> {
+        let mut received = Received { bytes: 0, then: Then::Open };
+        match record::read_head(self.client.sock.fd(), buffer, self.keys.is_tls12()) {
+            Head::Data(0) | Head::Ignored => {}
+            Head::Data(n) => {
+                self.took_data(n);
+                received.bytes = n;
+            }
+            Head::CloseNotify => received.then = Then::Closed,
+            Head::Eof => received.then = Then::Truncated,
+            Head::KeyUpdate { reply } => received.then = self.key_update_received(reply)?,
+            Head::Renegotiation => {
+                let alert = Some(alert::NO_RENEGOTIATION);
+                return Err(self.refuse(Fatal { how: End::Renegotiation, alert }));
+            }
+            Head::Nothing => match refused {
+                // Splice refused and nothing is there: a malformed header was reported once, and never again.
+                Some(e) => return Err(self.refuse(record::read_error(&e))),
+                None => self.client.sock.readable = false,
+            },
+            Head::Fatal(fatal) => return Err(self.refuse(fatal)),
+        }
+        Ok(received)
+    }
+
+    fn key_update_received(&mut self, reply: bool) -> Result<Then, Ended> {
+        self.client.worker.counters.key_updates_received.add(1);
+        if self.storm.received_key_update() {
+            return Err(self.refuse(Fatal { how: End::KeyUpdateStorm, alert: Some(alert::UNEXPECTED_MESSAGE) }));
+        }
+        if !self.client.worker.kernel.rekey {
+            return Ok(Then::NoRekey);
+        }
+        if let Err(e) = self.keys.renew(self.client.sock.fd(), Direction::Rx) {
+            tracing::warn!(stage = "relay", reason = %e, "setting the client's new key failed");
+            return Err(self.refuse(Fatal { how: End::Internal, alert: Some(alert::INTERNAL_ERROR) }));
+        }
+        self.key_update_due |= reply;
+        Ok(Then::Open)
+    }
+
+    /// Ends the connection, with an alert where the client can be told.
+    fn refuse(&mut self, fatal: Fatal) -> Ended {
+        let Some(body) = fatal.alert else { return Ended::abort(fatal.how) };
+        let client = self.client.sock.fd();
+        // A failed read leaves its error on the socket, where it would stop the alert too.
+        let _ = socket::take_error(client);
+        if !self.is_sending {
+            let _ = ktls::send_record(client, content_type::ALERT, &body);
+            if fatal.how == End::Renegotiation {
+                let _ = ktls::send_record(client, content_type::ALERT, &alert::CLOSE_NOTIFY);
+            }
+        }
+        Ended { how: fatal.how, client: ClientEnd::Await, upstream: UpstreamEnd::Reset }
+    }
+
+    // ---- plaintext to the client
+
+    /// Notes what was given to the kernel to seal.
+    pub fn sealed(&mut self, bytes: usize) {
+        self.keys.sealed(bytes);
+        self.storm.sent_data(bytes);
+    }
+
+    /// Asked between two pipes, so that nothing on the way is lost: what is in reserve covers the next one.
+    pub fn is_used_up(&mut self) -> bool {
+        self.keys.is_used_up(self.client.sock.fd())
+    }
+
+    /// Has our key changed, where this kernel and the protocol can.
+    pub fn renew_key(&mut self) -> bool {
+        let can = self.keys.can_renew(&self.client.worker.kernel);
+        self.key_update_due |= can;
+        can
+    }
+
+    pub fn owes_key_update(&self) -> bool {
+        self.key_update_due
+    }
+
+    /// Sends the KeyUpdate that is due, and seals under the new key from there on. False: the socket is full.
+    pub fn send_key_update(&mut self) -> Result<bool, Ended> {
+        if !self.client.sock.writable {
+            return Ok(false);
+        }
+        match ktls::send_record(self.client.sock.fd(), content_type::HANDSHAKE, &record::KEY_UPDATE) {
+            Ok(()) => {}
+            Err(e) if socket::is_again(&e) => {
+                // Nothing went out. The key must not change before the message that says so.
+                self.client.sock.writable = false;
+                return Ok(false);
+            }
+            Err(_) => return Err(Ended::abort(End::ClientReset)),
+        }
+        if let Err(e) = self.keys.renew(self.client.sock.fd(), Direction::Tx) {
+            tracing::warn!(stage = "relay", reason = %e, "setting our new key failed");
+            return Err(Ended::abort(End::Internal));
+        }
+        self.key_update_due = false;
+        self.client.worker.counters.key_updates_sent.add(1);
+        Ok(true)
+    }
+
+    /// Sends close_notify once the socket is writable: before that it could cut a record that the kernel still holds.
+    /// False: it is not yet.
+    pub fn send_close_notify(&mut self) -> io::Result<bool> {
+        let writable = socket::poll_now(self.client.sock.fd(), libc::POLLOUT)?;
+        if writable & libc::POLLOUT == 0 {
+            self.client.sock.writable = false;
+            return Ok(false);
+        }
+        match ktls::send_record(self.client.sock.fd(), content_type::ALERT, &alert::CLOSE_NOTIFY) {
+            Ok(()) => Ok(true),
+            Err(e) if socket::is_again(&e) => {
+                self.client.sock.writable = false;
+                Ok(false)
+            }
+            Err(e) => Err(e),
+        }
+    }
+}

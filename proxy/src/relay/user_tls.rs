@@ -1,0 +1,351 @@
+//! A client's plaintext where userspace protects the records: opened where they were received, sealed where they are sent.
+//!
+//!   client ─▶ recv ─▶ open in place ─▶ pieces of plaintext        plaintext ─▶ seal in place ─▶ send ─▶ client
+//!
+//! Everything about the client's stream that is TLS is here: records in parts, alerts, KeyUpdates, storms. Who uses it
+//! sees plaintext and how the stream ended. Nothing is held while nothing moves but what a socket did not take, and a
+//! record that is not complete. This module knows no upstream, only a socket that it may read plaintext from.
+
+use super::record::{self, Fatal, Head, Storm, alert};
+use super::{COPY_BYTES, COPY_RECORDS, Client, ClientEnd, Ended, Scratch, Spare, UpstreamEnd};
+use crate::observe::counters::End;
+use crate::protect::{self, OVERHEAD_BYTES, OpenError, PLAIN_BYTES, WIRE_BYTES};
+use crate::ring::Sock;
+use crate::sys::ktls::{Direction, content_type};
+use crate::sys::socket;
+use std::io::IoSliceMut;
+use std::ops::Range;
+
+pub use super::keys::UserKeys;
+
+/// Plaintext of records shorter than this is moved together, so that one send takes many: longer ones are sent from
+/// where they lie.
+const GATHER_BELOW_BYTES: usize = 2048;
+
+/// See the module.
+pub struct UserTls {
+    pub client: Client,
+    pub keys: UserKeys,
+    /// Ciphertext of a record that is not complete yet.
+    leftover: Vec<u8>,
+    /// The leftover comes from the handshake, and may hold complete records that nobody has opened.
+    unopened: bool,
+    /// Ciphertext for the client that it did not take yet.
+    pub to_client: Spare,
+    /// The client has changed its key since the handshake.
+    pub rekeyed: bool,
+    /// The client has asked for a KeyUpdate of ours.
+    reply_owed: bool,
+    storm: Storm,
+}
+
+/// What a read of the client came to: plaintext in `Scratch::pieces`, and how the stream stands behind it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Received {
+    pub bytes: usize,
+    pub then: Then,
+}
+
+/// The client's stream behind what was received.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Then {
+    Open,
+    /// close_notify is in.
+    Closed,
+    /// FIN without close_notify.
+    Truncated,
+    /// A KeyUpdate that the kernel cannot follow: reading on would fail and take the sending side with it, which is
+    /// healthy.
+    NoRekey,
+    /// The client broke the rules: an alert is queued where it can be told.
+    Refused(Ended),
+}
+
+/// What a read of the upstream came to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Sealed {
+    /// Bytes of plaintext, sealed and sent or queued.
+    Bytes(usize),
+    /// The upstream's FIN.
+    Eof,
+    /// Nothing to read now.
+    Nothing,
+    /// The upstream is gone.
+    Broken,
+}
+
+impl UserTls {
+    /// `leftover` is ciphertext that came behind the handshake.
+    pub fn new(client: Client, keys: UserKeys, leftover: Vec<u8>) -> Self {
+        Self {
+            client,
+            keys,
+            unopened: !leftover.is_empty(),
+            leftover,
+            to_client: Spare::default(),
+            rekeyed: false,
+            reply_owed: false,
+            storm: Storm::default(),
+        }
+    }
+
+    /// Nothing of the stream is in userspace, either way: the kernel may go on from here.
+    pub fn is_at_boundary(&self) -> bool {
+        self.leftover.is_empty() && self.to_client.is_empty() && !self.reply_owed
+    }
+
+    /// There may be something to receive without waiting.
+    pub fn is_readable(&self) -> bool {
+        self.unopened || self.client.sock.readable
+    }
+
+    // ---- client's plaintext
+
+    /// Reads at most `max` bytes of ciphertext and opens what is complete. `exact`: no byte beyond the next record, so
+    /// that the stream comes to stand at a boundary. `None`: nothing to read.
+    pub fn receive(&mut self, scratch: &mut Scratch, max: usize, exact: bool) -> Result<Option<Received>, Ended> {
+        scratch.pieces.clear();
+        let kept = self.leftover.len();
+        if !self.is_readable() {
+            return Ok(None);
+        }
+        scratch.received[..kept].copy_from_slice(&self.leftover);
+        if std::mem::take(&mut self.unopened) {
+            self.leftover.clear();
+            return Ok(Some(self.open(scratch, kept)));
+        }
+        let max = if exact { protect::missing_bytes(&self.leftover) } else { max.min(COPY_BYTES) };
+        match socket::recv(self.client.sock.fd(), &mut scratch.received[kept..kept + max]) {
+            Ok(0) => Ok(Some(Received { bytes: 0, then: Then::Truncated })),
+            Ok(n) => {
+                self.client.sock.readable = n == max;
+                self.leftover.clear();
+                Ok(Some(self.open(scratch, kept + n)))
+            }
+            Err(e) if socket::is_again(&e) => {
+                self.client.sock.readable = false;
+                Ok(None)
+            }
+            Err(_) => Err(Ended::abort(End::ClientReset)),
+        }
+    }
+
+    /// Opens what was received, up to the end of the stream or to what is no record of it.
+    fn open(&mut self, scratch: &mut Scratch, received: usize) -> Received {
+        let Scratch { received: wire, pieces, .. } = scratch;
+        let wire = &mut wire[..received];
+        let mut at = 0;
+        let mut then = Then::Open;
+        while then == Then::Open {
+            let Some(len) = protect::record_bytes(&wire[at..]) else { break };
+            if !self.is_record(&wire[at..]) {
+                then = Then::Refused(self.refuse_head(record::unexpected()));
+            } else if len > WIRE_BYTES {
+                then = Then::Refused(self.refuse(refusal(OpenError::Overflow)));
+            } else if len > wire.len() - at {
+                break;
+            } else {
+                then = self.record(wire, at..at + len, pieces).unwrap_or_else(Then::Refused);
+                at += len;
+            }
+        }
+        self.leftover = if at == received || then != Then::Open { Vec::new() } else { wire[at..].to_vec() };
+        self.client.watch.touch();
+        Received { bytes: pieces.iter().map(Range::len).sum(), then }
+    }
+
+    /// A header that may be one: outside, a protected record of TLS 1.3 is always data.
+    fn is_record(&self, header: &[u8]) -> bool {
+        match header {
+            [content_type::APPLICATION_DATA, 3, ..] => true,
+            [content_type::ALERT | content_type::HANDSHAKE, 3, ..] => self.keys.ring.is_tls12(),
+            _ => false,
+        }
+    }
+
+    /// Opens one record: data becomes a piece, anything else is done.
+    fn record(&mut self, wire: &mut [u8], at: Range<usize>, pieces: &mut Vec<Range<usize>>) -> Result<Then, Ended> {
+        let tls12 = self.keys.ring.is_tls12();
+        let (kind, range) = match self.keys.rx.open(&mut wire[at.clone()]) {
+            Ok((kind, range)) => (kind, at.start + range.start..at.start + range.end),
+            Err(error) => return Err(self.refuse(refusal(error))),
+        };
+        match kind {
+            content_type::APPLICATION_DATA => {
+                if !range.is_empty() {
+                    self.storm.received_data();
+                    gather(wire, range, pieces);
+                }
+                Ok(Then::Open)
+            }
+            content_type::ALERT => self.head(record::read_alert(&wire[range], tls12)),
+            content_type::HANDSHAKE => self.head(record::read_handshake(&wire[range], tls12)),
+            _ => Err(self.refuse_head(record::unexpected())),
+        }
+    }
+
+    fn head(&mut self, head: Head) -> Result<Then, Ended> {
+        match head {
+            Head::Ignored | Head::Data(_) | Head::Nothing | Head::Eof => Ok(Then::Open),
+            Head::CloseNotify => Ok(Then::Closed),
+            Head::KeyUpdate { reply } => self.key_update_received(reply).map(|()| Then::Open),
+            Head::Renegotiation | Head::Fatal(_) => Err(self.refuse_head(head)),
+        }
+    }
+
+    fn key_update_received(&mut self, reply: bool) -> Result<(), Ended> {
+        if self.storm.received_key_update() {
+            return Err(self.refuse(Fatal { how: End::KeyUpdateStorm, alert: Some(alert::UNEXPECTED_MESSAGE) }));
+        }
+        self.client.worker.counters.key_updates_received.add(1);
+        self.rekeyed = true;
+        self.reply_owed |= reply;
+        self.renew(Direction::Rx)
+    }
+
+    fn renew(&mut self, direction: Direction) -> Result<(), Ended> {
+        self.keys.renew(direction).map_err(|e| {
+            tracing::error!(stage = "relay", reason = %e, "deriving the next key failed");
+            Ended::abort(End::Internal)
+        })
+    }
+
+    /// Ends the connection with an alert, which `close` sends, then FIN.
+    fn refuse(&mut self, fatal: Fatal) -> Ended {
+        let Some(body) = fatal.alert else { return Ended::abort(fatal.how) };
+        self.queue(content_type::ALERT, &body);
+        Ended { how: fatal.how, client: ClientEnd::Discard, upstream: UpstreamEnd::Reset }
+    }
+
+    fn refuse_head(&mut self, head: Head) -> Ended {
+        match head {
+            Head::Fatal(fatal) => self.refuse(fatal),
+            Head::Renegotiation
+            | Head::Data(_)
+            | Head::CloseNotify
+            | Head::Ignored
+            | Head::KeyUpdate { .. }
+            | Head::Eof
+            | Head::Nothing => {
+                let ended = self.refuse(Fatal { how: End::Renegotiation, alert: Some(alert::NO_RENEGOTIATION) });
+                self.queue_close_notify();
+                ended
+            }
+        }
+    }
+
+    // ---- plaintext to the client
+
+    /// Seals a short record of ours behind what the client has not taken yet.
+    fn queue(&mut self, kind: u8, body: &[u8]) {
+        let mut slot = [0u8; 16 + OVERHEAD_BYTES];
+        let head = self.keys.tx.head_bytes();
+        slot[head..head + body.len()].copy_from_slice(body);
+        let len = self.keys.tx.seal(kind, &mut slot, body.len());
+        self.to_client.push(&slot[..len]);
+    }
+
+    pub fn queue_close_notify(&mut self) {
+        self.queue(content_type::ALERT, &alert::CLOSE_NOTIFY);
+    }
+
+    /// Says that our key changes, and changes it. One covers every request of the client's before it.
+    pub fn queue_key_update(&mut self) -> Result<(), Ended> {
+        self.queue(content_type::HANDSHAKE, &record::KEY_UPDATE);
+        self.client.worker.counters.key_updates_sent.add(1);
+        self.reply_owed = false;
+        self.renew(Direction::Tx)
+    }
+
+    /// The client waits for a KeyUpdate of ours.
+    pub fn owes_key_update(&self) -> bool {
+        self.reply_owed
+    }
+
+    /// Sends what is queued. True when nothing is left.
+    pub fn flush(&mut self) -> std::io::Result<bool> {
+        self.to_client.flush(&mut self.client.sock)
+    }
+
+    /// Reads at most `max` bytes of plaintext to where their records will be, seals them there and sends them.
+    pub fn seal_from(&mut self, upstream: &mut Sock, scratch: &mut Scratch, max: u64) -> Result<Sealed, Ended> {
+        let (head, tail) = (self.keys.tx.head_bytes(), self.keys.tx.tail_bytes());
+        let slot_bytes = head + PLAIN_BYTES + tail;
+        let slots = &mut scratch.sealed[..slot_bytes * COPY_RECORDS];
+        let wanted = usize::try_from(max).unwrap_or(usize::MAX).min(COPY_BYTES);
+        let mut left = wanted;
+        let mut chunks = slots.chunks_exact_mut(slot_bytes);
+        let mut body = || {
+            let len = left.min(PLAIN_BYTES);
+            left -= len;
+            chunks.next().map_or(&mut [][..], |slot| &mut slot[head..head + len])
+        };
+        let mut vectors: [IoSliceMut<'_>; COPY_RECORDS] = std::array::from_fn(|_| IoSliceMut::new(body()));
+        let plain = match socket::recv_vectored(upstream.fd(), &mut vectors) {
+            Ok(0) => return Ok(Sealed::Eof),
+            Ok(n) => n,
+            Err(e) if socket::is_again(&e) => {
+                upstream.readable = false;
+                return Ok(Sealed::Nothing);
+            }
+            Err(_) => return Ok(Sealed::Broken),
+        };
+        upstream.readable = plain == wanted;
+        self.send_slots(scratch, plain)?;
+        Ok(Sealed::Bytes(plain))
+    }
+
+    /// Seals plaintext of ours, or of a body that came through our memory, and sends it. `scratch.sealed` is used.
+    pub fn seal(&mut self, scratch: &mut Scratch, plaintext: &[u8]) -> Result<(), Ended> {
+        let (head, tail) = (self.keys.tx.head_bytes(), self.keys.tx.tail_bytes());
+        let slot_bytes = head + PLAIN_BYTES + tail;
+        for part in plaintext.chunks(COPY_BYTES) {
+            let slots = scratch.sealed.chunks_exact_mut(slot_bytes);
+            for (slot, body) in slots.zip(part.chunks(PLAIN_BYTES)) {
+                slot[head..head + body.len()].copy_from_slice(body);
+            }
+            self.send_slots(scratch, part.len())?;
+        }
+        Ok(())
+    }
+
+    /// Seals so many bytes that lie in the slots and sends the records. Every slot but the last is full, so the
+    /// records lie one behind the other.
+    fn send_slots(&mut self, scratch: &mut Scratch, plain: usize) -> Result<(), Ended> {
+        let slot_bytes = self.keys.tx.head_bytes() + PLAIN_BYTES + self.keys.tx.tail_bytes();
+        let slots = &mut scratch.sealed;
+        let mut sealed = 0;
+        for (n, slot) in slots.chunks_exact_mut(slot_bytes).take(plain.div_ceil(PLAIN_BYTES)).enumerate() {
+            let len = PLAIN_BYTES.min(plain - n * PLAIN_BYTES);
+            sealed += self.keys.tx.seal(content_type::APPLICATION_DATA, slot, len);
+        }
+        let gone = |_| Ended::abort(End::ClientReset);
+        self.to_client.send(&mut self.client.sock, &slots[..sealed]).map_err(gone)?;
+        self.storm.sent_data(plain);
+        self.client.watch.touch();
+        self.client.moved_down += plain as u64;
+        self.client.worker.counters.down_copied.add(plain as u64);
+        Ok(())
+    }
+}
+
+/// Adds a record's plaintext to the pieces: a short one is moved to the end of the piece before it.
+fn gather(wire: &mut [u8], range: Range<usize>, pieces: &mut Vec<Range<usize>>) {
+    if range.len() < GATHER_BELOW_BYTES
+        && let Some(last) = pieces.last_mut()
+    {
+        let end = last.end;
+        last.end += range.len();
+        wire.copy_within(range, end);
+    } else {
+        pieces.push(range);
+    }
+}
+
+fn refusal(error: OpenError) -> Fatal {
+    match error {
+        OpenError::BadMac => Fatal { how: End::BadRecordMac, alert: Some(alert::BAD_RECORD_MAC) },
+        OpenError::Overflow => Fatal { how: End::BadRecord, alert: Some(alert::RECORD_OVERFLOW) },
+        OpenError::Malformed => Fatal { how: End::BadRecord, alert: Some(alert::DECODE_ERROR) },
+    }
+}

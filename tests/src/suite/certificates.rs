@@ -1,0 +1,245 @@
+//! Certificates replaced under load, in every way in which people replace them, and in some in which they should not.
+
+use crate::authority::{Authority, Issued, Leaf};
+use crate::environment::Environment;
+use crate::exchange::Setup;
+use crate::run::{Context, Test};
+use crate::upstream::{Kind, PeerEnd, Served, Upstream};
+use anyhow::{Context as _, Result, ensure};
+use rustls::pki_types::pem::PemObject as _;
+use rustls::pki_types::{CertificateDer, ServerName};
+use rustls::{ClientConfig, ClientConnection, RootCertStore};
+use std::fs;
+use std::net::{SocketAddr, TcpStream};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+use std::thread;
+use std::time::{Duration, Instant};
+
+pub fn tests(env: &Environment) -> Vec<Test> {
+    if env.is_guest() {
+        // Nothing here depends on the kernel, and an emulated processor makes no 200 handshakes a second.
+        return Vec::new();
+    }
+    let mut load = Test::new(env, "certificates_are_replaced_200_times_under_load_and_no_handshake_fails", under_load);
+    load.limit = Duration::from_secs(180);
+    vec![load, Test::new(env, "the_last_good_copy_serves_when_the_share_is_gone_at_the_start", last_good)]
+}
+
+const POLL: Duration = Duration::from_millis(100);
+const REPLACEMENTS: usize = 200;
+const HANDSHAKES_PER_SECOND: u32 = 200;
+
+/// A client that trusts the authority and resumes nothing.
+fn client(authority: &Authority) -> Result<Arc<ClientConfig>> {
+    let mut roots = RootCertStore::empty();
+    roots.add(CertificateDer::from_pem_file(&authority.root).context("the root")?)?;
+    let mut config = ClientConfig::builder_with_provider(Arc::new(rustls::crypto::aws_lc_rs::default_provider()))
+        .with_safe_default_protocol_versions()?
+        .with_root_certificates(roots)
+        .with_no_client_auth();
+    config.resumption = rustls::client::Resumption::disabled();
+    Ok(Arc::new(config))
+}
+
+/// One handshake; the leaf that was served, verified.
+fn handshake(config: &Arc<ClientConfig>, address: SocketAddr) -> Result<CertificateDer<'static>> {
+    let name = ServerName::try_from(crate::certificate::NAME).expect("a valid name");
+    let mut connection = ClientConnection::new(Arc::clone(config), name)?;
+    let mut socket = TcpStream::connect(address)?;
+    socket.set_nodelay(true)?;
+    socket.set_read_timeout(Some(Duration::from_secs(20)))?;
+    while connection.is_handshaking() {
+        connection.complete_io(&mut socket).context("handshake")?;
+    }
+    let leaf = connection.peer_certificates().and_then(<[_]>::first).context("no certificate")?.clone().into_owned();
+    connection.send_close_notify();
+    let _ = connection.complete_io(&mut socket);
+    Ok(leaf)
+}
+
+/// Ways in which files come to be replaced.
+#[derive(Debug, Clone, Copy)]
+enum Way {
+    /// Each file by a rename.
+    Rename,
+    /// A link to a folder is swapped.
+    Swap,
+    /// Written in place, in halves.
+    Halves,
+    /// A chain whose key is another's, for a while.
+    BadKey,
+    /// The folder is gone for a while.
+    Vanished,
+}
+
+const WAYS: [Way; 5] = [Way::Rename, Way::Swap, Way::Halves, Way::BadKey, Way::Vanished];
+
+struct Share {
+    /// What the configuration names: a link to a folder.
+    link: PathBuf,
+    folder: PathBuf,
+    turn: usize,
+}
+
+impl Share {
+    fn new(folder: PathBuf, first: &Issued) -> Result<Self> {
+        fs::create_dir_all(&folder)?;
+        let mut share = Self { link: folder.join("live"), folder, turn: 0 };
+        share.swap(first)?;
+        Ok(share)
+    }
+
+    fn swap(&mut self, to: &Issued) -> Result<()> {
+        self.turn += 1;
+        let version = self.folder.join(format!("v{}", self.turn));
+        fs::create_dir(&version)?;
+        fs::copy(&to.chain, version.join("chain.pem"))?;
+        fs::copy(&to.key, version.join("key.pem"))?;
+        let new = self.folder.join("new-link");
+        std::os::unix::fs::symlink(&version, &new)?;
+        let old = fs::read_link(&self.link).ok();
+        fs::rename(&new, &self.link)?;
+        if let Some(old) = old {
+            fs::remove_dir_all(old)?;
+        }
+        Ok(())
+    }
+
+    fn put(&self, name: &str, from: &Path) -> Result<()> {
+        // Where a copy is made: hidden, so nobody takes it for a certificate.
+        let aside = self.link.join(format!(".{name}"));
+        fs::copy(from, &aside)?;
+        fs::rename(aside, self.link.join(name)).context("rename")
+    }
+
+    fn replace(&mut self, way: Way, to: &Issued) -> Result<()> {
+        match way {
+            Way::Rename => {
+                self.put("chain.pem", &to.chain)?;
+                self.put("key.pem", &to.key)
+            }
+            Way::Swap => self.swap(to),
+            Way::Halves => {
+                for (name, from) in [("chain.pem", &to.chain), ("key.pem", &to.key)] {
+                    let whole = fs::read(from)?;
+                    fs::write(self.link.join(name), &whole[..whole.len() / 2])?;
+                    thread::sleep(POLL / 2);
+                    fs::write(self.link.join(name), &whole)?;
+                }
+                Ok(())
+            }
+            Way::BadKey => {
+                self.put("chain.pem", &to.chain)?;
+                thread::sleep(POLL * 3);
+                self.put("key.pem", &to.key)
+            }
+            Way::Vanished => {
+                let away = self.folder.join("away");
+                fs::rename(&self.link, &away)?;
+                thread::sleep(POLL * 3);
+                fs::rename(&away, &self.link)?;
+                self.swap(to)
+            }
+        }
+    }
+}
+
+fn under_load(ctx: &Context) -> Result<()> {
+    let folder = ctx.environment.tmp.join("replaced");
+    let authority = Authority::make(&folder.join("ca"))?;
+    let leaves: Vec<Issued> = (0..4)
+        .map(|index| authority.issue(&Leaf { file: &format!("leaf{index}"), ..Leaf::default() }))
+        .collect::<Result<_>>()?;
+    let mut share = Share::new(folder.join("share"), &leaves[0])?;
+    let relay = ctx.environment.relays()[0];
+    let upstream = Upstream::serve(&ctx.environment, Kind::V4, |_| Ok(Served { up: 0, down: 0, end: PeerEnd::Fin }))?;
+    let setup = Setup::with(ctx, relay, &[0], upstream, |mut settings| {
+        settings.certificates = vec![share.link.clone()];
+        settings.tls(&format!("poll = \"{}ms\"", POLL.as_millis())).limit("connections = 10000")
+    })?;
+    let (config, address) = (client(&authority)?, setup.proxy.address(0));
+    let (over, shaken) = (AtomicBool::new(false), AtomicU64::new(0));
+    let began = Instant::now();
+    thread::scope(|scope| {
+        let load = scope.spawn(|| {
+            let mut next = Instant::now();
+            while !over.load(Relaxed) {
+                handshake(&config, address).with_context(|| format!("handshake {}", shaken.load(Relaxed)))?;
+                shaken.fetch_add(1, Relaxed);
+                next += Duration::from_secs(1) / HANDSHAKES_PER_SECOND;
+                thread::sleep(next.saturating_duration_since(Instant::now()));
+            }
+            anyhow::Ok(())
+        });
+        let replaced = (0..REPLACEMENTS).try_for_each(|turn| {
+            let to = &leaves[(turn + 1) % leaves.len()];
+            share.replace(WAYS[turn % WAYS.len()], to)?;
+            let wanted = CertificateDer::from_pem_file(&to.leaf).context("the leaf")?;
+            let deadline = Instant::now() + ctx.environment.patience();
+            while handshake(&config, address)? != wanted {
+                ensure!(Instant::now() < deadline, "replacement {turn} is not served: {}", setup.proxy.log_tail());
+                thread::sleep(POLL / 4);
+            }
+            ensure!(!load.is_finished(), "the load has stopped at replacement {turn}");
+            Ok(())
+        });
+        over.store(true, Relaxed);
+        load.join().ok().context("the load panicked")??;
+        replaced
+    })?;
+    let shaken = shaken.load(Relaxed);
+    let rate = shaken as f64 / began.elapsed().as_secs_f64();
+    let log = setup.proxy.log();
+    let (taken, refused) = (log.matches("certificates: replaced").count(), log.matches("are refused").count());
+    ctx.note(&format!(
+        "{REPLACEMENTS} replacements, {taken} served, {refused} bad ones refused; {shaken} handshakes, {rate:.0}/s, none failed"
+    ));
+    ensure!(taken >= REPLACEMENTS, "only {taken} of {REPLACEMENTS} replacements were served");
+    ensure!(refused > 0, "no bad set was ever seen: the test proves nothing");
+    let Setup { mut proxy, .. } = setup;
+    proxy.settled()?;
+    proxy.signal(rustix::process::Signal::TERM)?;
+    let status = proxy.wait_exit()?;
+    proxy.check_end(status)
+}
+
+fn last_good(ctx: &Context) -> Result<()> {
+    let folder = ctx.environment.tmp.join("last-good");
+    let authority = Authority::make(&folder.join("ca"))?;
+    let issued = authority.issue(&Leaf::default())?;
+    let share = Share::new(folder.join("share"), &issued)?;
+    let relay = ctx.environment.relays()[0];
+    let start = || {
+        Setup::with(ctx, relay, &[0], Upstream::manual(&ctx.environment, Kind::V4)?, |mut settings| {
+            settings.certificates = vec![share.link.clone()];
+            settings.tls("poll = \"100ms\"").tls(&format!("last_good = {:?}", folder.join("kept")))
+        })
+    };
+    let end = |setup: Setup| {
+        while setup.upstream.accept_now().is_some() {}
+        let Setup { mut proxy, .. } = setup;
+        proxy.settled()?;
+        proxy.signal(rustix::process::Signal::TERM)?;
+        let status = proxy.wait_exit()?;
+        proxy.check_end(status)
+    };
+    end(start()?)?;
+    fs::remove_file(&share.link)?;
+    let setup = start().context("start without the share")?;
+    let config = client(&authority)?;
+    handshake(&config, setup.proxy.address(0)).context("served from the copy")?;
+    ensure!(setup.proxy.log().contains("the last good copy serves"), "{}", setup.proxy.log_tail());
+    // The share comes back with another certificate.
+    let new = authority.issue(&Leaf { file: "new", ..Leaf::default() })?;
+    let mut share = Share { turn: 10, ..share };
+    share.swap(&new)?;
+    let wanted = CertificateDer::from_pem_file(&new.leaf).context("the leaf")?;
+    let deadline = Instant::now() + ctx.environment.patience();
+    while handshake(&config, setup.proxy.address(0))? != wanted {
+        ensure!(Instant::now() < deadline, "the share's certificate is not served: {}", setup.proxy.log_tail());
+        thread::sleep(POLL);
+    }
+    end(setup)
+}
