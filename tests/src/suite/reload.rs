@@ -99,7 +99,21 @@ fn upstreams(ctx: &Context, relay: Relay) -> Result<()> {
     let moves_to_the_other = |setup: &Setup| -> Result<bool> {
         // The one before may still be ending, and the new cap counts it.
         setup.proxy.wait_for("the one before to end", |m| m.live() == 1)?;
-        let fresh = setup.client(ctx, 0, TLS13_AES_128)?;
+        let fresh = setup.client(ctx, 0, TLS13_AES_128).with_context(|| {
+            format!(
+                "a connection beside one: {}",
+                setup
+                    .proxy
+                    .metrics()
+                    .map(|m| format!(
+                        "live {} refused {} {:?}",
+                        m.live(),
+                        m.sum("tlsplice_connections_refused_total", &[]),
+                        m
+                    ))
+                    .unwrap_or_default()
+            )
+        })?;
         // The old upstream would answer nothing, and be noticed by its accept.
         thread::sleep(ctx.environment.moment() * 20);
         if setup.upstream.accept_now().is_some() {
