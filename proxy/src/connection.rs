@@ -16,7 +16,7 @@ use crate::http::{redirect, serve as http};
 use crate::observe::access::Peer;
 use crate::observe::counters::End;
 use crate::observe::live::Identity;
-use crate::observe::sockets;
+use crate::observe::sockets::{self, Tally};
 use crate::offload::{self, Offloaded, through_the_door};
 use crate::pipes::Share;
 use crate::relay::kernel::Kernel;
@@ -55,6 +55,8 @@ pub struct Accepted {
 /// What the stages of one connection have of it. It is listed for as long as this is there.
 struct About {
     identity: Rc<Identity>,
+    /// Counts it where the kernel does not.
+    tally: Tally,
     turn: Rc<Cell<usize>>,
     snapshot: Rc<Snapshot>,
     worker: Rc<Worker>,
@@ -68,8 +70,7 @@ pub async fn serve(accepted: Box<Accepted>, _place: Place, worker: Rc<Worker>) {
         Mode::Tcp(upstream) => {
             let Some(shaken) = Box::pin(shake_hands(client, &about)).await else { return };
             let Some(relay) = Box::pin(connect_upstream(shaken, upstream, &about)).await else { return };
-            let closed = relay_to_end(relay).await;
-            about.close(*closed, (0, 0))
+            about.close(*relay_to_end(relay).await)
         }
         Mode::Http(upstream) => {
             let Some(shaken) = Box::pin(shake_hands(client, &about)).await else { return };
@@ -84,10 +85,11 @@ pub async fn serve(accepted: Box<Accepted>, _place: Place, worker: Rc<Worker>) {
 fn begin(accepted: Accepted, worker: Rc<Worker>) -> (Box<Client>, About) {
     let Accepted { client, peer, listener, share, turn, snapshot, watch } = accepted;
     let peer = Peer::new(peer, snapshot.config.log.client_address);
-    let sock = Sock::new(client, worker.sockets.accepted(listener.address));
+    let sock = Sock::new(client, Tally::default());
+    let tally = worker.sockets.accepted(listener.address);
     let _ = socket::set_nodelay(sock.fd());
     let identity = worker.sockets.live.enter(peer, listener, &sock);
-    let about = About { identity: identity.clone(), turn, snapshot, worker: worker.clone() };
+    let about = About { identity: identity.clone(), tally, turn, snapshot, worker: worker.clone() };
     (Box::new(Client::new(sock, watch, worker, share, identity)), about)
 }
 
@@ -95,21 +97,9 @@ fn begin(accepted: Accepted, worker: Rc<Worker>) -> (Box<Client>, About) {
 async fn requests((tls, door): (UserTls, Door), upstream: &Arc<Upstream>, about: &About) -> Closing {
     let near = Near::new(Downstream::user(tls), door);
     match http::serve(near, &service(upstream.clone(), about)).await {
-        // The exchange has counted what it moved.
-        Over::Closed(closed) => {
-            let moved = closed.client.moved();
-            about.close(*closed, moved)
-        }
-        Over::User(relay) => {
-            let before = relay.tls.client.moved();
-            let closed = relay_to_end(relay).await;
-            about.close(*closed, before)
-        }
-        Over::Kernel(relay) => {
-            let before = relay.tls.client.moved();
-            let closed = relay_behind(relay).await;
-            about.close(*closed, before)
-        }
+        Over::Closed(closed) => about.close(*closed),
+        Over::User(relay) => about.close(*relay_to_end(relay).await),
+        Over::Kernel(relay) => about.close(*relay_behind(relay).await),
     }
 }
 
@@ -117,7 +107,7 @@ async fn requests((tls, door): (UserTls, Door), upstream: &Arc<Upstream>, about:
 async fn redirects(client: Box<Client>, about: &About) -> Closing {
     let near = Near::new(Downstream::plain(*client), Door::Shut);
     let closed = redirect::serve(near, about.identity.peer, &about.snapshot.config.http).await;
-    about.close(closed, (0, 0))
+    about.close(closed)
 }
 
 /// The last stage, ready to go.
@@ -200,6 +190,9 @@ async fn shake_hands(client: Box<Client>, about: &About) -> Option<(UserTls, Doo
         Ok(done) => done,
         Err(failure) => {
             about.report(failure.how, "handshake", &failure.reason);
+            if let Some(alert) = failure.told {
+                worker.counters.handshake_alerts.add(alert);
+            }
             close::refuse(client, &watch, &worker, failure.alert).await;
             return None;
         }
@@ -260,15 +253,10 @@ async fn connect_upstream(
 }
 
 impl About {
-    /// Counts and logs the end, and makes the last stage ready. `before`: what had moved, up and down, when this
-    /// upstream's turn came.
-    fn close(&self, closed: Closed, before: (u64, u64)) -> Closing {
+    /// Counts and logs the end, and makes the last stage ready.
+    fn close(&self, closed: Closed) -> Closing {
         self.log(&closed.client, closed.ended.how);
-        let (up, down) = closed.client.moved();
-        closed.client.sock.tally.moved(up, down);
-        if let Some(upstream) = &closed.upstream {
-            upstream.tally.moved(down - before.1, up - before.0);
-        }
+        self.tally.moved(closed.client.moved_up, closed.client.moved_down);
         Box::pin(close::close(closed))
     }
 

@@ -6,6 +6,7 @@
 //! socket for the kernel. Otherwise reads are large, and what is left over goes to the userspace relay.
 
 use crate::close::writable;
+use crate::observe::alerts::Alert;
 use crate::observe::counters::End;
 use crate::protect::missing_bytes;
 use crate::relay::Spare;
@@ -34,6 +35,8 @@ pub struct Failure {
     pub reason: String,
     /// The alert, as far as it has not been sent.
     pub alert: Spare,
+    /// The same, for those who count, or the client's.
+    pub told: Option<Alert>,
 }
 
 /// Runs the handshake. `exact`: read no byte beyond it.
@@ -63,7 +66,7 @@ struct State {
 
 impl State {
     fn failed(&mut self, how: End, reason: impl Into<String>) -> Failure {
-        Failure { how, reason: reason.into(), alert: std::mem::take(&mut self.out) }
+        Failure { how, reason: reason.into(), alert: std::mem::take(&mut self.out), told: None }
     }
 
     fn out_of_time(&mut self, verdict: Verdict) -> Failure {
@@ -104,7 +107,8 @@ impl State {
         self.wire.drain(..fed.consumed);
         self.out.push(&out);
         if let Some(error) = fed.error {
-            return Err(self.failed(End::HandshakeFailed, error.to_string()));
+            let told = Alert::of(&error, &out);
+            return Err(Failure { told, ..self.failed(End::HandshakeFailed, error.to_string()) });
         }
         loop {
             match self.out.flush(client) {

@@ -45,7 +45,7 @@ pub fn bind(
         refuse_if_served(address, v6only)?;
         for sockets in &mut bound {
             let socket =
-                reuseport(address, v6only, maps).map_err(|(call, source)| BindError::new(address, call, source))?;
+                reuseport(listener, v6only, maps).map_err(|(call, source)| BindError::new(address, call, source))?;
             sockets.push(Bound { listener: Arc::clone(listener), socket });
         }
     }
@@ -82,12 +82,13 @@ fn refuse_if_served(address: SocketAddr, v6only: bool) -> Result<(), BindError> 
     probe().map_err(|(call, source)| BindError::new(address, call, source))
 }
 
-fn reuseport(address: SocketAddr, v6only: bool, maps: Option<&Maps>) -> Result<OwnedFd, (&'static str, io::Error)> {
+fn reuseport(listener: &Listener, v6only: bool, maps: Option<&Maps>) -> Result<OwnedFd, (&'static str, io::Error)> {
+    let address = listener.address;
     let socket = socket(address, v6only)?;
     socket.set_reuse_port(true).map_err(|e| ("setsockopt(SO_REUSEPORT)", e))?;
     socket.bind(&address.into()).map_err(|e| ("bind", e))?;
     if let Some(maps) = maps {
-        label_listener(maps, socket.as_fd(), address).map_err(|e| ("label for the kernel's counts", e))?;
+        label_listener(maps, socket.as_fd(), listener).map_err(|e| ("label for the kernel's counts", e))?;
     }
     socket.listen(BACKLOG).map_err(|e| ("listen", e))?;
     Ok(socket.into())

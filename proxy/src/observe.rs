@@ -1,4 +1,5 @@
 pub mod access;
+pub mod alerts;
 pub mod cgroup;
 pub mod counters;
 pub mod ebpf;

@@ -259,7 +259,10 @@ fn send(to: &mut Sock, bytes: &[u8]) -> io::Result<usize> {
     let mut at = 0;
     while at < bytes.len() {
         match socket::send(to.fd(), &bytes[at..]) {
-            Ok(n) => at += n,
+            Ok(n) => {
+                to.sent(n);
+                at += n;
+            }
             Err(e) if socket::is_again(&e) && !to.is_full() => {}
             Err(e) if socket::is_again(&e) => break,
             Err(e) => return Err(e),
@@ -284,6 +287,7 @@ pub fn hand_on(to: &Sock, received: &[u8], pieces: &[Range<usize>], spare: &mut 
                 Err(e) => return Err(e),
             };
         }
+        to.sent(sent);
         for piece in now {
             let taken = sent.min(piece.len());
             sent -= taken;
@@ -311,11 +315,6 @@ impl Client {
         if let Some(facts) = self.identity.facts() {
             self.is(facts, place);
         }
-    }
-
-    /// Plaintext bytes handed on, up and down.
-    pub fn moved(&self) -> (u64, u64) {
-        (self.moved_up, self.moved_down)
     }
 
     /// Enough has moved for the kernel to take over.

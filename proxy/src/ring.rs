@@ -56,7 +56,7 @@ pub struct Sock {
     pub writable: bool,
     /// A client's: where more room in the send queue comes from, and what it has of it.
     room: Option<Box<Room>>,
-    /// Counts it where the kernel does not.
+    /// Counts an upstream's bytes where the kernel does not.
     pub tally: Tally,
 }
 
@@ -114,6 +114,16 @@ impl Sock {
     /// The descriptor for as long as the socket is open, for those who look on.
     pub fn watched(&self) -> Weak<OwnedFd> {
         Rc::downgrade(&self.fd)
+    }
+
+    /// To be told by whoever has read from an upstream.
+    pub fn received(&self, bytes: usize) {
+        self.tally.moved(bytes as u64, 0);
+    }
+
+    /// To be told by whoever has written.
+    pub fn sent(&self, bytes: usize) {
+        self.tally.moved(0, bytes as u64);
     }
 
     pub fn fd(&self) -> BorrowedFd<'_> {

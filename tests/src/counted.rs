@@ -157,13 +157,13 @@ fn reset(stream: &TcpStream) -> Result<()> {
     socket2::SockRef::from(stream).set_linger(Some(Duration::ZERO)).context("SO_LINGER")
 }
 
-/// A socket that counts what passes it.
-struct Counting<'a> {
-    stream: TcpStream,
-    side: &'a Side,
+/// A socket that counts what passes it. At either end: what is read there tlsplice has sent.
+pub struct Counting<'a, S> {
+    pub stream: S,
+    pub side: &'a Side,
 }
 
-impl Read for Counting<'_> {
+impl<S: Read> Read for Counting<'_, S> {
     fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
         let n = self.stream.read(into)?;
         self.side.bytes_out.fetch_add(n as u64, Relaxed);
@@ -171,7 +171,7 @@ impl Read for Counting<'_> {
     }
 }
 
-impl Write for Counting<'_> {
+impl<S: Write> Write for Counting<'_, S> {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         let n = self.stream.write(bytes)?;
         self.side.bytes_in.fetch_add(n as u64, Relaxed);

@@ -4,6 +4,7 @@ pub mod bulk;
 pub mod certificates;
 pub mod closing;
 pub mod commands;
+pub mod counted_modes;
 pub mod door;
 pub mod drain;
 pub mod faults;
@@ -61,6 +62,7 @@ pub fn tests(env: &Environment) -> Vec<Test> {
     tests.extend(drain::tests(env));
     tests.extend(privileges::tests(env));
     tests.extend(commands::tests(env));
+    tests.extend(counted_modes::tests(env));
     tests.extend(kernel_metrics::tests(env));
     tests.extend(prometheus::tests(env));
     tests.extend(stalled_readers::tests(env));

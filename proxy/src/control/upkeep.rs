@@ -131,6 +131,7 @@ impl Terminator {
     pub(super) fn serve(&mut self, certificates: Certificates) -> Result<(), Failure> {
         let tls = policy::server_config(&self.config.tls, certificates.resolver(), &self.resumption)
             .map_err(|e| Failure::Usage(format!("[tls]: {e}")))?;
+        self.figures.set(&self.config, &certificates);
         self.certificates = certificates;
         let snapshot = Snapshot::new(Arc::clone(&self.config), tls);
         for worker in &self.workers {

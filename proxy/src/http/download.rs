@@ -56,6 +56,7 @@ impl Exchange {
     fn recv(&mut self, scratch: &mut Scratch, max: usize) -> Option<Result<usize, ()>> {
         match socket::recv(self.upstream.fd(), &mut scratch.received[..max]) {
             Ok(n) => {
+                self.upstream.received(n);
                 self.upstream.readable = n == max;
                 Some(Ok(n))
             }
@@ -102,7 +103,6 @@ impl Exchange {
         };
         let Response { status, kind, head } =
             Response::parse(&self.answer[extent.start..extent.end], &asked).map_err(refused)?;
-        self.heads_bytes += extent.end as u64;
         self.answer.drain(..extent.end);
         self.scanner = Scanner::response();
         let mut out = head;

@@ -54,8 +54,6 @@ pub struct Exchange {
     pub status: Option<u16>,
     pub(super) keep_client: bool,
     pub(super) keep_upstream: bool,
-    /// Of the upstream's heads.
-    pub heads_bytes: u64,
     pub up_bytes: u64,
     pub down_bytes: u64,
 }
@@ -135,7 +133,6 @@ impl Exchange {
             status: None,
             keep_client: false,
             keep_upstream: false,
-            heads_bytes: 0,
             up_bytes: 0,
             down_bytes: 0,
         }

@@ -131,8 +131,6 @@ async fn conclude(
 ) -> Next {
     const STALE: Refusal = Refusal::bad_gateway("the upstream closed an old connection as it was used");
     (entry.status, entry.up_bytes, entry.down_bytes) = (done.status, done.up_bytes, done.down_bytes);
-    let head_bytes = done.request.head.len() as u64;
-    done.upstream.tally.moved(done.heads_bytes + done.down_bytes, head_bytes + done.up_bytes);
     let to_head = done.request.is_head();
     let worker = done.near.downstream.client().worker.clone();
     let how = match outcome {

@@ -2,6 +2,7 @@
 //!
 //! One `Counters` per worker, so that no cache line is shared on the data path; a scrape adds them up.
 
+use super::alerts::Alerts;
 use super::sockets::UserEndpoints;
 use super::sums::Handshakes;
 use std::sync::Arc;
@@ -146,6 +147,8 @@ pub struct Counters {
     pub handshakes: Count,
     /// The same by what they gave, and how long they took.
     pub handshakes_by: Handshakes,
+    /// Alerts of those that failed.
+    pub handshake_alerts: Alerts,
     /// Peers that the kernel does not count.
     pub user_endpoints: Arc<UserEndpoints>,
     /// Connections that went through the door.

@@ -3,6 +3,7 @@
 //!   workers' counters ─▶ + what earlier processes have kept ─┐
 //!   pinned maps of the kernel ───────────────────────────────┴▶ OpenMetrics, or the Prometheus text format
 
+use super::alerts;
 use super::counters::{Class, Count, Counters, Decline, End, Label};
 use super::figures::Figures;
 use super::kept::Kept;
@@ -137,6 +138,7 @@ impl Workers {
         let failed = self.sum(|c| &c.ended[End::HandshakeFailed.index()])
             + self.sum(|c| &c.ended[End::HandshakeTimeout.index()]);
         sums::handshakes(to, &self.workers, failed)?;
+        alerts::encode(to, &self.workers)?;
         let mut offload = vec![([("state", "offloaded"), ("reason", "")], self.sum(|c| &c.offloaded))];
         offload.extend(
             Decline::ALL

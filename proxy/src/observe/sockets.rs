@@ -8,7 +8,7 @@
 use super::counters::{Count, Decline, Label};
 use super::live::Live;
 use super::maps::Maps;
-use crate::config::ServerAddress;
+use crate::config::{Listener, Mode, ServerAddress};
 use rustls::{CipherSuite, NamedGroup, ProtocolVersion};
 use std::cell::RefCell;
 use std::collections::HashMap;
@@ -279,9 +279,14 @@ impl Sockets {
 }
 
 /// Labels a listening socket, before it listens: its children have the label from their first moment on.
-pub fn label_listener(maps: &Maps, socket: BorrowedFd<'_>, address: SocketAddr) -> std::io::Result<()> {
-    let endpoint = maps.endpoint(&Endpoint::Listener(address).name());
-    maps.label(socket, Labels { endpoint, class: 0 })
+pub fn label_listener(maps: &Maps, socket: BorrowedFd<'_>, listener: &Listener) -> std::io::Result<()> {
+    let endpoint = maps.endpoint(&Endpoint::Listener(listener.address).name());
+    let class = match listener.mode {
+        Mode::Tcp(_) | Mode::Http(_) => 0,
+        // Without TLS there is nothing to tell its connections apart by.
+        Mode::Redirect => NO_CLASS,
+    };
+    maps.label(socket, Labels { endpoint, class })
 }
 
 fn class(facts: Facts, place: Place) -> ClassName {

@@ -135,6 +135,7 @@ impl Flow {
             }
         };
         if let Ok(n) = result {
+            source.received(n);
             pipe.bytes += n;
         }
         Poll::Ready(result)
@@ -184,6 +185,7 @@ impl Flow {
             }
         };
         if let Ok(n) = result {
+            sink.sent(n);
             pipe.bytes -= n;
         }
         Poll::Ready(result)

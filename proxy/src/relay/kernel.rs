@@ -273,6 +273,7 @@ impl Kernel {
         // What the client does not take is kept: little, until it has shown that it reads.
         let max = if self.tls.client.sock.is_wide() { COPY_BYTES } else { PLAIN_BYTES };
         let n = socket::recv(self.upstream.fd(), &mut scratch.received[..max])?;
+        self.upstream.received(n);
         self.down_flow.copy(&scratch.received[..n]);
         worker.counters.down_copied.add(n as u64);
         self.tls.sealed(n);

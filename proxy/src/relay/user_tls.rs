@@ -290,6 +290,7 @@ impl UserTls {
             }
             Err(_) => return Ok(Sealed::Broken),
         };
+        upstream.received(plain);
         upstream.readable = plain == wanted;
         self.send_slots(scratch, plain)?;
         Ok(Sealed::Bytes(plain))

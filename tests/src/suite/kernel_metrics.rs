@@ -423,62 +423,89 @@ const COST_ROUNDS: usize = 5;
 /// Far above what was ever measured (7 %), and below what a mistake in the program would cost: this machine may be busy.
 const COST_LIMIT: f64 = 1.5;
 
+/// CPU of tlsplice.
+#[derive(Default)]
+struct Spent {
+    /// For each connection of a storm, in nanoseconds.
+    connection: Vec<u64>,
+    /// For each MiB of one long download, in nanoseconds.
+    mebibyte: Vec<u64>,
+}
+
 fn cost(ctx: &Context) -> Result<()> {
     let pins = Pins::mount(ctx)?;
-    let stats = Path::new("/proc/sys/kernel/bpf_stats_enabled");
     let truth = Arc::new(Truth::default());
     let server = Server::start(truth.clone())?;
     let config = client_config(ctx)?;
-    let count = ctx.environment.scale(1_000, 100);
-    let (mut without, mut with, mut runs) = (Vec::new(), Vec::new(), None);
+    let (count, mebibytes) = (ctx.environment.scale(1_000, 100), ctx.environment.scale(512, 16));
+    let (mut without, mut with, mut runs) = (Spent::default(), Spent::default(), None);
     for round in 0..2 * COST_ROUNDS {
         let mut settings = Settings::new(ctx, default_relay(ctx))?.listen(50_000, &server.address.to_string())?;
+        let spent = if round % 2 == 1 { &mut with } else { &mut without };
         if round % 2 == 1 {
             pins.settings(&mut settings);
         }
         let proxy = Proxy::start(ctx, settings)?;
-        let storm = |count| {
+        let storm = |count| -> Result<u64> {
+            let before = crate::scrape::cpu_ns(proxy.pid())?;
             storm(4, count, |_, random| {
                 let sizes = (random.range(1, 4_000), random.range(1, 4_000));
                 connect(&config, proxy.address(0), &truth, Kind::Clean, sizes)
-            })
+            })?;
+            proxy.settled()?;
+            Ok(crate::scrape::cpu_ns(proxy.pid())? - before)
         };
         storm(50)?;
+        spent.connection.push(storm(count)? / count);
         let before = crate::scrape::cpu_ns(proxy.pid())?;
-        storm(count)?;
-        proxy.settled()?;
-        let each = (crate::scrape::cpu_ns(proxy.pid())? - before) / count;
-        if round % 2 == 1 {
-            with.push(each)
-        } else {
-            without.push(each)
-        }
-        if round == 2 * COST_ROUNDS - 1 && fs::write(stats, "1").is_ok() {
-            let fetch = || pinned_text(ctx, &pins.folder());
-            let then = float(&fetch()?, "tlsplice_ebpf_runs_total");
-            let spent = float(&fetch()?, "tlsplice_ebpf_run_seconds_total");
-            storm(count)?;
-            proxy.settled()?;
-            let now = fetch()?;
-            let _ = fs::write(stats, "0");
-            let n = float(&now, "tlsplice_ebpf_runs_total") - then;
-            let seconds = float(&now, "tlsplice_ebpf_run_seconds_total") - spent;
-            ensure!(n > 0.0, "the program has not run: {now}");
-            runs = Some((n / count as f64, seconds / n * 1e9));
+        connect(&config, proxy.address(0), &truth, Kind::Clean, (0, mebibytes << 20))?;
+        spent.mebibyte.push((crate::scrape::cpu_ns(proxy.pid())? - before) / mebibytes);
+        if round == 2 * COST_ROUNDS - 1 {
+            runs = program_runs(ctx, &pins, || storm(count).map(drop))?;
         }
         proxy.finish(ctx)?;
     }
-    without.sort_unstable();
-    with.sort_unstable();
-    let (off, on) = (without[COST_ROUNDS / 2], with[COST_ROUNDS / 2]);
-    let ratio = on as f64 / off as f64;
-    let (each, ns) = runs.unwrap_or((0.0, 0.0));
+    let medians = |without: &mut Vec<u64>, with: &mut Vec<u64>| {
+        let middle = |series: &mut Vec<u64>| {
+            series.sort_unstable();
+            series[series.len() / 2]
+        };
+        let (off, on) = (middle(without), middle(with));
+        (
+            on as f64 / off as f64,
+            format!("{off} ns without, {on} ns with ({:+.1} %)", 100.0 * (on as f64 / off as f64 - 1.0)),
+        )
+    };
+    let (ratio, storm) = medians(&mut without.connection, &mut with.connection);
+    let (bulk_ratio, bulk) = medians(&mut without.mebibyte, &mut with.mebibyte);
+    let (each, ns) = runs.map_or((0.0, 0.0), |(n, seconds)| (n / count as f64, seconds / n * 1e9));
     ctx.note(&format!(
-        "CPU of tlsplice per connection, medians of {COST_ROUNDS}: {off} ns without, {on} ns with ({:+.1} %); bpf_stats: {each:.1} runs a connection, {ns:.0} ns each",
-        (ratio - 1.0) * 100.0
+        "CPU of tlsplice, medians of {COST_ROUNDS}: a connection {storm}; a MiB of bulk {bulk}; bpf_stats: {each:.1} runs a connection, {ns:.0} ns each"
     ));
-    ensure!(ratio < COST_LIMIT, "counting costs {ratio:.2} times as much; without {without:?}, with {with:?}");
+    ensure!(
+        ratio < COST_LIMIT && bulk_ratio < COST_LIMIT,
+        "counting costs {ratio:.2} and {bulk_ratio:.2} times as much"
+    );
     Ok(())
+}
+
+/// How often the program runs in this load and for how many seconds; `None` where the kernel tells of no runs.
+fn program_runs(ctx: &Context, pins: &Pins, load: impl FnOnce() -> Result<()>) -> Result<Option<(f64, f64)>> {
+    let stats = Path::new("/proc/sys/kernel/bpf_stats_enabled");
+    if fs::write(stats, "1").is_err() {
+        return Ok(None);
+    }
+    let fetch = || -> Result<[f64; 2]> {
+        let text = pinned_text(ctx, &pins.folder())?;
+        Ok(["tlsplice_ebpf_runs_total", "tlsplice_ebpf_run_seconds_total"].map(|name| float(&text, name)))
+    };
+    let then = fetch()?;
+    let loaded = load();
+    let now = fetch()?;
+    let _ = fs::write(stats, "0");
+    loaded?;
+    ensure!(now[0] > then[0], "the program has not run: {now:?}");
+    Ok(Some((now[0] - then[0], now[1] - then[1])))
 }
 
 fn pinned_text(ctx: &Context, pins: &Path) -> Result<String> {
