@@ -99,6 +99,12 @@ impl Environment {
         !self.offload || !matches!(self.kernel, Kernel::Guest("6.1" | "6.12"))
     }
 
+    /// An eBPF program can count here. User-mode Linux makes the maps and loads the program, and then says ENOMEM to
+    /// whatever shall be kept with a socket.
+    pub fn counts_in_kernel(&self) -> bool {
+        self.kernel != Kernel::Uml
+    }
+
     pub fn is_guest(&self) -> bool {
         matches!(self.kernel, Kernel::Guest(_))
     }

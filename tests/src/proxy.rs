@@ -151,6 +151,8 @@ pub struct Proxy {
     process: Guarded,
     idle: Descriptors,
     tls_stat: Option<TlsStat>,
+    /// By earlier processes, whose counts the pins have kept.
+    offloaded_before: u64,
     environment: Environment,
 }
 
@@ -177,11 +179,12 @@ impl Proxy {
         let process = Guarded::spawn(command.stderr(File::create(&log)?))?;
         let environment = ctx.environment.clone();
         let idle = Descriptors { sockets: 0, pipes: 0, others: 0 };
-        let mut proxy = Self { settings, config, log, process, idle, tls_stat: None, environment };
+        let mut proxy = Self { settings, config, log, process, idle, tls_stat: None, offloaded_before: 0, environment };
         ctx.watch_log(&proxy.log);
         proxy.wait_ready()?;
         proxy.idle = Descriptors::of(proxy.pid())?;
         proxy.tls_stat = TlsStat::read();
+        proxy.offloaded_before = proxy.metrics()?.offloaded();
         Ok(proxy)
     }
 
@@ -300,10 +303,15 @@ impl Proxy {
         }
     }
 
+    /// Others key sockets meanwhile, so the kernel's count is not this one's.
+    pub fn beside_others(&mut self) {
+        self.tls_stat = None;
+    }
+
     /// `TlsTxSw` and `TlsRxSw` rose by one for each connection that went through the door.
     fn check_kernel_count(&self, metrics: &Metrics) -> Result<()> {
         let (Some(before), Some(now)) = (self.tls_stat, TlsStat::read()) else { return Ok(()) };
-        let (tx, rx, counted) = (now.tx - before.tx, now.rx - before.rx, metrics.offloaded());
+        let (tx, rx, counted) = (now.tx - before.tx, now.rx - before.rx, metrics.offloaded() - self.offloaded_before);
         ensure!(
             tx == counted && rx == counted,
             "the kernel keyed {tx} senders and {rx} receivers, tlsplice counts {counted} offloaded"

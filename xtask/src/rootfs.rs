@@ -10,8 +10,8 @@ use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-/// Clients that every image has.
-const CLIENTS: [&str; 3] = ["openssl", "curl", "gnutls-cli"];
+/// Programs that every image has: clients, and what takes capabilities away, of which the shell's own is no match.
+const PROGRAMS: [&str; 4] = ["openssl", "curl", "gnutls-cli", "setpriv"];
 /// Where nginx's modules lie in the guest.
 pub const NGINX_MODULES: &str = "/usr/lib/nginx/modules";
 /// As on a host where tlsplice is not installed: there is no user of its name, and a test that is about users names one.
@@ -74,9 +74,9 @@ fn system(image: &mut Image) -> Result<()> {
     for place in ["/etc/ssl/openssl.cnf", "/usr/lib/ssl/openssl.cnf"] {
         image.content(place, OPENSSL, 0o644);
     }
-    for client in CLIENTS {
-        let found = process::find(client).with_context(|| format!("{client} is missing: run cargo xtask setup"))?;
-        image.program(Path::new("/usr/bin").join(client), &found)?;
+    for program in PROGRAMS {
+        let found = process::find(program).with_context(|| format!("{program} is missing: run cargo xtask setup"))?;
+        image.program(Path::new("/usr/bin").join(program), &found)?;
     }
     let nginx = peers::nginx()?;
     image.program("/usr/sbin/nginx", &nginx.program)?;

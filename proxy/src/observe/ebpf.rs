@@ -12,13 +12,14 @@ use crate::sys::bpf;
 use aya::programs::links::FdLink;
 use aya::programs::{CgroupAttachMode, SockOps};
 use aya::{Ebpf, EbpfLoader};
+use socket2::{Domain, Socket, Type};
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use tlsplice_ebpf::LAYOUT;
+use tlsplice_ebpf::{LAYOUT, Labels, NO_CLASS};
 
 /// Where the pins are, unless the configuration says otherwise.
 pub const PINS: &str = "/sys/fs/bpf/tlsplice";
@@ -133,12 +134,20 @@ fn load(pins: &Path) -> Result<(Maps, Vec<String>), String> {
     }
     let mut ebpf = loader.load(object).map_err(|e| refused("make the maps", &e))?;
     // Before the program is: maps of another shape must not be written to.
-    Maps::open(&folder).map_err(|e| format!("open the pinned maps: {e}"))?;
+    let maps = Maps::open(&folder).map_err(|e| format!("open the pinned maps: {e}"))?;
+    try_label(&maps).map_err(|e| format!("label a socket: {e}: this kernel cannot keep anything with sockets"))?;
     attach(&mut ebpf, &cgroup, &folder)?;
     let maps = Maps::open(&folder).map_err(|e| format!("open the pinned maps: {e}"))?;
     drop(locked);
     maps.name_reserved_rows();
     Ok((maps, remarks(pins, &cgroup)))
+}
+
+/// A kernel may make the map and refuse its values: user-mode Linux 7.2 says ENOMEM. Then a listener is no place to find
+/// out.
+fn try_label(maps: &Maps) -> io::Result<()> {
+    let socket = Socket::new(Domain::IPV4, Type::STREAM, None)?;
+    maps.label(socket.as_fd(), Labels { endpoint: 0, class: NO_CLASS })
 }
 
 fn attach(ebpf: &mut Ebpf, cgroup: &Cgroup, folder: &Path) -> Result<(), String> {

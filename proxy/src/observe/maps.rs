@@ -333,7 +333,8 @@ pub(super) const ZERO_SUMS: Sums = Sums {
     rtt: ZERO_HISTOGRAM,
     first_ack: ZERO_HISTOGRAM,
 };
-const ZERO_CLASS: ClassSums = ClassSums { opened: 0, closed: 0, live: 0, bytes_in: 0, bytes_out: 0, retransmits: 0 };
+pub(super) const ZERO_CLASS: ClassSums =
+    ClassSums { opened: 0, closed: 0, live: 0, bytes_in: 0, bytes_out: 0, retransmits: 0 };
 
 fn add_sums(to: Sums, more: &Sums) -> Sums {
     Sums {

@@ -301,7 +301,8 @@ fn tcp(to: &mut DescriptorEncoder<'_>, rows: &[Row]) -> fmt::Result {
 }
 
 fn classes(to: &mut DescriptorEncoder<'_>, classes: &[(ClassName, ClassSums)]) -> fmt::Result {
-    let used = || classes.iter().filter(|(_, sums)| sums.opened > 0);
+    // A class may have connections that were opened in another.
+    let used = || classes.iter().filter(|(_, sums)| *sums != super::maps::ZERO_CLASS);
     let counters: [Counter<ClassSums>; 3] = [
         ("tlsplice_tls_connections_opened", "Client connections, by what the handshake gave first", |s| s.opened),
         ("tlsplice_tls_connections_closed", "Client connections that are over, by what they were last", |s| s.closed),

@@ -16,6 +16,12 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
 pub fn tests(env: &Environment) -> Vec<Test> {
+    if !env.counts_in_kernel() {
+        return vec![
+            Test::new(env, "without_bpffs_or_capabilities_it_serves_and_says_so", without),
+            Test::new(env, "a_kernel_without_storages_of_sockets_is_no_obstacle", no_storages),
+        ];
+    }
     let mut tests = Test::each_relay(env, "kernel_counts_equal_what_was_sent_to_the_byte", exact);
     let limit = env.scale(Duration::from_secs(120), Duration::from_secs(900));
     tests.push(Test::new(env, "kernel_counts_outlive_a_killed_tlsplice", killed));
@@ -165,6 +171,12 @@ fn exact(ctx: &Context, relay: Relay) -> Result<()> {
     ensure!(named == opened, "{opened} clients asked for a name, {named} are counted under it");
     let printed = pinned(ctx, &pins.folder())?;
     ensure!(figures(&printed, "client") == [opened, bytes_in, bytes_out], "tlsplice metrics says otherwise");
+    let offloaded = sum("tlsplice_tls_connections_closed_total", &[("offload", "kernel")]);
+    ensure!(
+        offloaded == metrics.offloaded(),
+        "{} went through the door, {offloaded} are counted behind it",
+        metrics.offloaded()
+    );
     ctx.note(&format!(
         "{opened} clients: {bytes_in} bytes in, {bytes_out} out, {} of them reset, {refused} without upstream; upstreams {:?}; {:.1} s",
         resets,
@@ -260,7 +272,9 @@ fn replaced(ctx: &Context) -> Result<()> {
         pins.settings(&mut settings);
         Ok(settings)
     };
-    let proxy = Proxy::start(ctx, setting()?)?;
+    let mut proxy = Proxy::start(ctx, setting()?)?;
+    // Each that starts tries what this kernel's TLS can do.
+    proxy.beside_others();
     let config = client_config(ctx)?;
     let count = ctx.environment.scale(20_000, 1_000);
     let done = std::sync::atomic::AtomicBool::new(false);
@@ -394,6 +408,24 @@ fn without_capabilities(
     ensure!(words[at..].contains("mend:"), "doctor has no mend: {}", &words[at..]);
     ctx.note(words[at..].lines().take(2).collect::<Vec<_>>().join(" ").trim());
     Ok(())
+}
+
+/// The maps can be made here, and nothing kept with a socket.
+fn no_storages(ctx: &Context) -> Result<()> {
+    let pins = Pins::mount(ctx)?;
+    let truth = Arc::new(Truth::default());
+    let server = Server::start(truth.clone())?;
+    let mut settings = Settings::new(ctx, default_relay(ctx))?.listen(50_000, &server.address.to_string())?;
+    pins.settings(&mut settings);
+    settings.metrics.remove(0);
+    let proxy = Proxy::start(ctx, settings)?;
+    connect(&client_config(ctx)?, proxy.address(0), &truth, Kind::Clean, (1_000, 2_000))?;
+    let metrics = proxy.settled()?;
+    let user = metrics.sum("tlsplice_connections_opened_total", &[("side", "client"), ("source", "user")]);
+    ensure!(user == 1, "user space counts {user}");
+    let said = proxy.log().lines().filter(|line| line.contains("label a socket")).count();
+    ensure!(said == 1, "it says {said} times what is in the way: {}", proxy.log_tail());
+    proxy.finish(ctx).map(drop)
 }
 
 fn gigabyte(ctx: &Context) -> Result<()> {
