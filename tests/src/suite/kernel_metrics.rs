@@ -141,10 +141,13 @@ fn exact(ctx: &Context, relay: Relay) -> Result<()> {
             }
             _ => Kind::Clean,
         };
+        let (up, mut down) = sizes(random);
         if kind != Kind::Clean {
             resets.fetch_add(1, Relaxed);
+            // Something to wait for: the server has all of the upload then.
+            down = down.max(1);
         }
-        connect(&config, proxy.address(0), &truth, kind, sizes(random))
+        connect(&config, proxy.address(0), &truth, kind, (up, down))
     })?;
     let took = started.elapsed();
     server.check()?;
