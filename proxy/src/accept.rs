@@ -26,7 +26,7 @@ const BATCH: usize = 64;
 /// How long accept rests when the process or the host is out of descriptors or memory.
 const PAUSE: Duration = Duration::from_millis(100);
 /// How long a listener that closes still completes TCP handshakes it has answered: a slow client's round trip.
-const SYN_GRACE: Duration = Duration::from_millis(500);
+pub const SYN_GRACE: Duration = Duration::from_millis(500);
 
 /// Client connections of the whole process, for `limits.connections`.
 static LIVE: AtomicUsize = AtomicUsize::new(0);

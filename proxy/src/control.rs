@@ -93,7 +93,7 @@ impl Terminator {
                 }
                 read = finished(&mut reading) => {
                     reading = None;
-                    self.reload(read);
+                    self.reload(read).await;
                     if std::mem::take(&mut again) {
                         reading = self.read_again();
                     }

@@ -106,6 +106,11 @@ fn socket(address: SocketAddr, v6only: bool) -> Result<Socket, (&'static str, io
 }
 
 impl BindError {
+    /// Somebody has the address.
+    pub fn is_in_use(&self) -> bool {
+        self.source.kind() == io::ErrorKind::AddrInUse
+    }
+
     fn new(address: SocketAddr, call: &'static str, source: io::Error) -> Self {
         let port = address.port();
         let mend = match source.raw_os_error() {

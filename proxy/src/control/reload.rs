@@ -8,13 +8,20 @@
 use super::notify::{State, notify};
 use super::start::{Loaded, Terminator, read_certificates, read_config, refuse_if_required};
 use super::upkeep::Watched;
+use crate::accept::SYN_GRACE;
 use crate::config::{Config, Listener};
 use crate::exit::Failure;
 use crate::listen::{self, BindError};
 use crate::tls::policy;
-use crate::worker::{Command, Snapshot};
+use crate::worker::{Bound, Command, Snapshot};
 use std::path::Path;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// How often an address in use is tried again.
+const BIND_RETRY: Duration = Duration::from_millis(20);
+/// A listener that closes takes this much longer than its last SYN may, at most.
+const CLOSING_SLACK: Duration = Duration::from_millis(500);
 
 /// What a reload has read.
 pub(super) struct Fresh {
@@ -36,8 +43,12 @@ impl Fresh {
 }
 
 impl Terminator {
-    pub(super) fn reload(&mut self, read: Result<Fresh, Failure>) {
-        match read.and_then(|fresh| self.apply(fresh)) {
+    pub(super) async fn reload(&mut self, read: Result<Fresh, Failure>) {
+        let applied = match read {
+            Ok(fresh) => self.apply(fresh).await,
+            Err(error) => Err(error),
+        };
+        match applied {
             Ok(()) => {
                 self.figures.reloaded(true);
                 tracing::info!(listeners = self.config.listeners.len(), "reloaded");
@@ -50,7 +61,7 @@ impl Terminator {
         notify(State::Ready);
     }
 
-    fn apply(&mut self, fresh: Fresh) -> Result<(), Failure> {
+    async fn apply(&mut self, fresh: Fresh) -> Result<(), Failure> {
         let Fresh { mut config, loaded: Loaded { certificates, source, .. } } = fresh;
         refuse_if_required(&config, &self.kernel)?;
         let grade = self.refuse_lower_grade(&config, &certificates).map_err(Failure::Usage)?;
@@ -58,8 +69,7 @@ impl Terminator {
         let tls = policy::server_config(&config.tls, certificates.resolver(), &self.resumption)
             .map_err(|e| Failure::Usage(format!("[tls]: {e}")))?;
         let new = added(&self.config, &config);
-        let open = listen::bind(&new, &config.listeners, self.workers.len(), self.counting.maps().map(AsRef::as_ref))
-            .map_err(|e| self.refused(&e))?;
+        let open = self.bind(&new, &config.listeners).await.map_err(|e| self.refused(&e))?;
         for setting in keep_fixed(&self.config, &mut config) {
             tracing::warn!(setting, "reload: changes only by a restart; the old value stays");
         }
@@ -76,6 +86,19 @@ impl Terminator {
             worker.send(Command::Reload { snapshot: snapshot.clone(), open });
         }
         Ok(())
+    }
+
+    /// An address that a reload has just taken away may still be closing: that is waited for.
+    async fn bind(&self, new: &[Arc<Listener>], all: &[Arc<Listener>]) -> Result<Vec<Vec<Bound>>, BindError> {
+        let until = Instant::now() + SYN_GRACE + CLOSING_SLACK;
+        loop {
+            match listen::bind(new, all, self.workers.len(), self.counting.maps().map(AsRef::as_ref)) {
+                Err(e) if e.is_in_use() && Instant::now() < until => {
+                    tokio::time::sleep(BIND_RETRY).await;
+                }
+                result => return result,
+            }
+        }
     }
 
     /// The port may be one of our own: of a listener that stays, or of one that is still closing.

@@ -54,8 +54,8 @@ fn modes(ctx: &Context, relay: Relay) -> Result<()> {
     let config = client_config(ctx)?;
     let clients: [Side; 4] = Default::default();
     for n in 0..CONNECTIONS {
-        for listener in 0..3 {
-            over_tls(&config, proxy.address(listener), &clients[listener], n).with_context(|| format!("client {n}"))?;
+        for (listener, side) in clients.iter().enumerate().take(3) {
+            over_tls(&config, proxy.address(listener), side, n).with_context(|| format!("client {n}"))?;
         }
         in_the_clear(proxy.address(3), &clients[3]).context("a client of mode redirect")?;
     }

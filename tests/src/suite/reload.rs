@@ -45,9 +45,16 @@ fn listeners(ctx: &Context, relay: Relay) -> Result<()> {
     setup.proxy.reload(settings.clone())?;
     wait(ctx, "the new listener is open", || listens(new))?;
     ensure!(listens(old), "a reload closed a listener that the file still names");
+    let all = settings.clone();
     settings.listeners.remove(0);
-    setup.proxy.reload(settings)?;
+    let fewer = settings;
+    setup.proxy.reload(fewer.clone())?;
     wait(ctx, "the old listener is closed", || !listens(old))?;
+    // It comes back while it may still be closing, and goes again.
+    setup.proxy.reload(all)?;
+    wait(ctx, "the old listener is open again", || listens(old))?;
+    setup.proxy.reload(fewer)?;
+    wait(ctx, "the old listener is closed again", || !listens(old))?;
     setup.check_bystander(&mut client, &stream)?;
     drop((client, stream));
     setup.proxy.settled()?;
