@@ -33,6 +33,7 @@ impl Figures {
         let now = Now {
             limits: vec![
                 ("connections", whole(limits.connections)),
+                ("send_memory_bytes", whole(limits.send_memory_bytes)),
                 ("pipe_memory_bytes", whole(limits.pipe_memory_bytes)),
                 ("records_per_key", i64::try_from(limits.records_per_key).unwrap_or(i64::MAX)),
                 ("workers", whole(config.server.workers.get())),

@@ -1,7 +1,7 @@
 //! What the kernel counts of connections is exact, is kept, and means what it says.
 
 use crate::counted::{Kind, Server, Truth, client_config, connect, storm};
-use crate::environment::{Environment, Relay};
+use crate::environment::{Environment, Kernel, Relay};
 use crate::process::free_port;
 use crate::proxy::{Proxy, Settings, loopback};
 use crate::run::{Context, Test};
@@ -28,9 +28,12 @@ pub fn tests(env: &Environment) -> Vec<Test> {
     tests.push(Test::new(env, "a_new_program_takes_over_in_a_storm_without_a_loss", replaced));
     tests.push(Test::new(env, "server_names_of_a_hostile_client_take_no_memory", names));
     tests.push(Test::new(env, "without_bpffs_or_capabilities_it_serves_and_says_so", without));
-    tests.push(Test::new(env, "what_counting_in_the_kernel_costs_is_told", cost));
+    if !env.is_guest() {
+        // Times under emulation mean nothing.
+        tests.push(Test::new(env, "what_counting_in_the_kernel_costs_is_told", cost));
+    }
     if env.offload {
-        tests.push(Test::new(env, "a_spliced_gigabyte_is_counted_to_the_byte", gigabyte));
+        tests.push(Test::new(env, "a_long_splice_is_counted_to_the_byte", long_splice));
     }
     tests.iter_mut().for_each(|test| test.limit = limit);
     tests
@@ -126,7 +129,8 @@ fn exact(ctx: &Context, relay: Relay) -> Result<()> {
     pins.settings(&mut settings);
     let proxy = Proxy::start(ctx, settings)?;
     let config = client_config(ctx)?;
-    let count = ctx.environment.scale(2_000, 2_000);
+    // Emulation takes its time, and who splices makes no difference to what counts.
+    let count = ctx.environment.scale(2_000, if relay == Relay::Ring { 300 } else { 2_000 });
     let (resets, refused) = (AtomicU64::new(0), AtomicU64::new(0));
     let started = Instant::now();
     storm(8, count, |n, random| {
@@ -141,10 +145,13 @@ fn exact(ctx: &Context, relay: Relay) -> Result<()> {
             }
             _ => Kind::Clean,
         };
+        let (up, mut down) = sizes(random);
         if kind != Kind::Clean {
             resets.fetch_add(1, Relaxed);
+            // Something to wait for: the server has all of the upload then.
+            down = down.max(1);
         }
-        connect(&config, proxy.address(0), &truth, kind, sizes(random))
+        connect(&config, proxy.address(0), &truth, kind, (up, down))
     })?;
     let took = started.elapsed();
     server.check()?;
@@ -276,7 +283,7 @@ fn replaced(ctx: &Context) -> Result<()> {
     // Each that starts tries what this kernel's TLS can do.
     proxy.beside_others();
     let config = client_config(ctx)?;
-    let count = ctx.environment.scale(20_000, 1_000);
+    let count = ctx.environment.scale(20_000, 400);
     let done = std::sync::atomic::AtomicBool::new(false);
     let programs = std::thread::scope(|scope| -> Result<u64> {
         let storm = scope.spawn(|| {
@@ -326,22 +333,23 @@ fn names(ctx: &Context) -> Result<()> {
             crate::counted::connect_as(&config, &name, proxy.address(0), &truth, Kind::Clean, (0, 1))
         })
     };
-    some(0, 1_000)?;
+    let first = ctx.environment.scale(1_000, 200);
+    some(0, first)?;
     let rows = |m: &Metrics| m.count("tlsplice_tls_connections_opened_total");
     let (before, memory) = (rows(&all_closed(ctx, || proxy.metrics())?), crate::scrape::memory_kib(proxy.pid())?);
-    let count = ctx.environment.scale(99_000, 1_000);
-    some(1_000, count)?;
+    let count = ctx.environment.scale(99_000, 500);
+    some(first, count)?;
     let metrics = all_closed(ctx, || proxy.metrics())?;
     let now = crate::scrape::memory_kib(proxy.pid())?;
     ensure!(rows(&metrics) == before, "{before} rows before, {} now", rows(&metrics));
     let other = metrics.sum("tlsplice_tls_connections_opened_total", &[("server_name", "other")]);
-    ensure!(other == count + 1_000, "{} unknown names, {other} under \"other\"", count + 1_000);
+    ensure!(other == count + first, "{} unknown names, {other} under \"other\"", count + first);
     // A quarter of what the names alone would take.
     let allowed = memory.0 + count * 32 / 4 / 1024 + 512;
     ensure!(now.0 <= allowed, "{} went from {} to {} KiB", now.1, memory.0, now.0);
     ctx.note(&format!(
         "{} names, all under \"other\": {before} rows as before, {} {} KiB then, {} KiB now",
-        count + 1_000,
+        count + first,
         now.1,
         memory.0,
         now.0
@@ -432,21 +440,24 @@ fn no_storages(ctx: &Context) -> Result<()> {
     proxy.finish(ctx).map(drop)
 }
 
-fn gigabyte(ctx: &Context) -> Result<()> {
+fn long_splice(ctx: &Context) -> Result<()> {
     let pins = Pins::mount(ctx)?;
     let truth = Arc::new(Truth::default());
     let server = Server::start(truth.clone())?;
     let mut settings = Settings::new(ctx, default_relay(ctx))?.listen(128 << 10, &server.address.to_string())?;
     pins.settings(&mut settings);
     let proxy = Proxy::start(ctx, settings)?;
-    connect(&client_config(ctx)?, proxy.address(0), &truth, Kind::Clean, (0, 1 << 30))?;
+    // Once is enough: the rest is the same in every series.
+    let bytes =
+        if matches!(ctx.environment.kernel, Kernel::Guest("6.1" | "6.12" | "6.18")) { 1 << 27 } else { 1 << 30 };
+    connect(&client_config(ctx)?, proxy.address(0), &truth, Kind::Clean, (0, bytes))?;
     let metrics = all_closed(ctx, || proxy.metrics())?;
     for (side, truth) in [("client", &truth.client), ("upstream", &truth.upstream)] {
         let (counted, sent) = (figures(&metrics, side), truth.figures());
         ensure!(counted == sent, "{side}: the kernel counts {counted:?} (opened, in, out), the wire had {sent:?}");
     }
     let (copied, spliced) = (metrics.payload("out", "copied"), metrics.payload("out", "spliced"));
-    ensure!(copied + spliced == 1 << 30 && copied < 1 << 20, "{copied} bytes were copied, {spliced} spliced");
+    ensure!(copied + spliced == bytes && copied < 1 << 20, "{copied} bytes were copied, {spliced} spliced");
     ctx.note(&format!(
         "{:?} (opened, in, out) of the client; {copied} copied, {spliced} spliced",
         figures(&metrics, "client")
@@ -473,7 +484,7 @@ fn cost(ctx: &Context) -> Result<()> {
     let truth = Arc::new(Truth::default());
     let server = Server::start(truth.clone())?;
     let config = client_config(ctx)?;
-    let (count, mebibytes) = (ctx.environment.scale(1_000, 100), ctx.environment.scale(512, 16));
+    let (count, mebibytes) = (1_000, 512);
     let (mut without, mut with, mut runs) = (Spent::default(), Spent::default(), None);
     for round in 0..2 * COST_ROUNDS {
         let mut settings = Settings::new(ctx, default_relay(ctx))?.listen(50_000, &server.address.to_string())?;
