@@ -7,8 +7,9 @@
 //! copies and an allocation for each record, and every record's content type and every change of keys is ours to see,
 //! which the door to the kernel needs. This module knows no socket.
 
+use crate::tls::traffic::NextKey;
 use aws_lc_rs::aead::{AES_128_GCM, AES_256_GCM, Aad, CHACHA20_POLY1305, LessSafeKey, Nonce, UnboundKey};
-use rustls::{ConnectionTrafficSecrets, SupportedCipherSuite};
+use rustls::{CipherSuite, ConnectionTrafficSecrets, SupportedCipherSuite};
 use std::ops::Range;
 
 /// Bytes of a record's header (RFC 8446 section 5.1).
@@ -70,6 +71,18 @@ impl Protection {
         };
         let key = LessSafeKey::new(UnboundKey::new(algorithm, key.as_ref()).ok()?);
         Some(Self { key, iv: iv.as_ref().try_into().ok()?, sequence, form })
+    }
+
+    /// Of a key that followed another, in TLS 1.3. `None`: no such suite in any policy.
+    pub fn next(suite: SupportedCipherSuite, next: &NextKey) -> Option<Self> {
+        let algorithm = match suite.suite() {
+            CipherSuite::TLS13_AES_128_GCM_SHA256 => &AES_128_GCM,
+            CipherSuite::TLS13_AES_256_GCM_SHA384 => &AES_256_GCM,
+            CipherSuite::TLS13_CHACHA20_POLY1305_SHA256 => &CHACHA20_POLY1305,
+            _ => return None,
+        };
+        let key = LessSafeKey::new(UnboundKey::new(algorithm, next.key()).ok()?);
+        Some(Self { key, iv: next.iv, sequence: 0, form: Form::Tls13 })
     }
 
     /// Records protected so far: the number of the next.

@@ -11,10 +11,10 @@ use crate::protect::{WIRE_BYTES, record_bytes};
 use crate::tls::hello::{Gate, Judgement, Refusal};
 use crate::tls::policy::Negotiation;
 use crate::tls::resolver;
-use rustls::kernel::KernelConnection;
+use crate::tls::traffic::{self, Traffic};
 use rustls::server::{ServerConnectionData, UnbufferedServerConnection};
 use rustls::unbuffered::{ConnectionState, EncodeError, EncodeTlsData, UnbufferedStatus};
-use rustls::{Error, ExtractedSecrets, HandshakeKind};
+use rustls::{Error, ExtractedSecrets, HandshakeKind, SupportedCipherSuite};
 
 /// See the module.
 pub struct Session {
@@ -26,6 +26,17 @@ pub struct Session {
     gate: Option<Gate>,
     /// The certificate's name that the client has asked for.
     name: ServerName,
+    /// Of TLS 1.3.
+    traffic: Option<Box<Traffic>>,
+}
+
+/// What is left of a session whose handshake is complete.
+pub struct SessionKeys {
+    pub suite: SupportedCipherSuite,
+    /// Both directions' keys, with the sequence numbers that the handshake has used up.
+    pub keys: ExtractedSecrets,
+    /// TLS 1.3: what the next ones are derived from.
+    pub traffic: Option<Box<Traffic>>,
 }
 
 /// What became of the bytes given to `feed`.
@@ -41,7 +52,8 @@ impl Session {
     pub fn new(by: Negotiation) -> Result<Self, Error> {
         let Negotiation { config, strict } = by;
         let tls = Box::new(UnbufferedServerConnection::new(config)?);
-        Ok(Self { tls, established: false, presented: 0, gate: Some(Gate::new(strict)), name: ServerName::NONE })
+        let gate = Some(Gate::new(strict));
+        Ok(Self { tls, established: false, presented: 0, gate, name: ServerName::NONE, traffic: None })
     }
 
     /// The handshake is complete, both Finished are in.
@@ -109,6 +121,9 @@ impl Session {
             if let Some(name) = resolver::take_asked() {
                 self.name = name;
             }
+            if let Some(traffic) = traffic::caught() {
+                self.traffic = Some(traffic);
+            }
             let mut again = true;
             match state {
                 Ok(ConnectionState::EncodeTlsData(mut data)) => encode(&mut data, out),
@@ -144,9 +159,10 @@ impl Session {
         }
     }
 
-    /// Gives up rustls' connection for its keys, with the sequence numbers that the handshake has used up.
-    pub fn into_keys(self) -> Result<(ExtractedSecrets, KernelConnection<ServerConnectionData>), Error> {
-        self.tls.dangerous_into_kernel_connection()
+    /// Gives up rustls' connection for its keys.
+    pub fn into_keys(self) -> Result<SessionKeys, Error> {
+        let (keys, connection) = self.tls.dangerous_into_kernel_connection()?;
+        Ok(SessionKeys { suite: connection.negotiated_cipher_suite(), keys, traffic: self.traffic })
     }
 }
 

@@ -11,4 +11,5 @@ pub mod policy;
 pub mod resolver;
 pub mod source;
 pub mod tickets;
+pub mod traffic;
 pub mod x509;

@@ -1,4 +1,4 @@
-//! The secrets of a session: rustls derives each key from the one before, and userspace or the kernel uses it.
+//! The keys of a session: each is derived from the one before, and userspace or the kernel uses it.
 //!
 //!   handshake ─▶ Keyring ─▶ Protection (userspace), both directions ──door──▶ KernelKeys
 //!
@@ -6,10 +6,10 @@
 
 use crate::probe;
 use crate::protect::{PLAIN_BYTES, Protection, record_limit};
+use crate::session::SessionKeys;
 use crate::sys::ktls::{self, Direction, Keys};
-use rustls::kernel::KernelConnection;
-use rustls::server::ServerConnectionData;
-use rustls::{ConnectionTrafficSecrets, ExtractedSecrets, ProtocolVersion, SupportedCipherSuite};
+use crate::tls::traffic::{NextKey, Traffic};
+use rustls::{ConnectionTrafficSecrets, ExtractedSecrets, SupportedCipherSuite};
 use std::io;
 use std::os::fd::BorrowedFd;
 
@@ -18,34 +18,30 @@ const RESERVE_RECORDS: u64 = 1024;
 /// Records of a splice beyond those that its bytes fill: one for each 17 fragments of a pipe of 256, and the last.
 const FRAGMENT_RECORDS: u64 = 17;
 
-/// What derives the keys (RFC 8446 section 7.2), and what they are for.
+/// What derives the keys, and what they are for.
 pub struct Keyring {
-    secrets: Box<KernelConnection<ServerConnectionData>>,
+    suite: SupportedCipherSuite,
+    /// TLS 1.2 has one key for each direction, and no next.
+    traffic: Option<Box<Traffic>>,
     /// Records that one key of ours may protect.
     limit: u64,
 }
 
 impl Keyring {
-    fn new(secrets: KernelConnection<ServerConnectionData>, records_per_key: u64) -> Self {
-        let limit = record_limit(secrets.negotiated_cipher_suite(), records_per_key);
-        Self { limit, secrets: Box::new(secrets) }
-    }
-
     pub fn suite(&self) -> SupportedCipherSuite {
-        self.secrets.negotiated_cipher_suite()
+        self.suite
     }
 
     pub fn is_tls12(&self) -> bool {
-        self.secrets.protocol_version() == ProtocolVersion::TLSv1_2
+        matches!(self.suite, SupportedCipherSuite::Tls12(_))
     }
 
-    fn next(&mut self, direction: Direction) -> io::Result<ConnectionTrafficSecrets> {
-        let next = match direction {
-            Direction::Tx => self.secrets.update_tx_secret(),
-            Direction::Rx => self.secrets.update_rx_secret(),
+    fn next(&mut self, direction: Direction) -> io::Result<NextKey> {
+        let next = match (&mut self.traffic, self.suite.tls13()) {
+            (Some(traffic), Some(suite)) => traffic.next(direction, suite),
+            (None, _) | (_, None) => None,
         };
-        // The sequence of a new key starts at 0.
-        next.map(|(_, secrets)| secrets).map_err(io::Error::other)
+        next.ok_or_else(|| io::ErrorKind::Unsupported.into())
     }
 }
 
@@ -54,32 +50,46 @@ pub struct UserKeys {
     pub ring: Keyring,
     pub tx: Protection,
     pub rx: Protection,
-    tx_secret: ConnectionTrafficSecrets,
-    rx_secret: ConnectionTrafficSecrets,
+    tx_secret: Secret,
+    rx_secret: Secret,
+}
+
+/// A key as it can be given to the kernel.
+enum Secret {
+    /// The handshake's.
+    First(ConnectionTrafficSecrets),
+    Next(NextKey),
+}
+
+impl Secret {
+    fn keys(self, suite: SupportedCipherSuite, direction: Direction, sequence: u64) -> Option<Keys> {
+        match self {
+            Self::First(secrets) => Keys::new(suite, direction, (sequence, secrets)),
+            Self::Next(next) => Keys::next(suite, &next, sequence),
+        }
+    }
 }
 
 impl UserKeys {
     /// Of a session whose handshake is complete.
-    pub fn new(
-        (extracted, secrets): (ExtractedSecrets, KernelConnection<ServerConnectionData>),
-        records_per_key: u64,
-    ) -> io::Result<Self> {
-        let ring = Keyring::new(secrets, records_per_key);
-        let ExtractedSecrets { tx: (tx_sequence, tx_secret), rx: (rx_sequence, rx_secret) } = extracted;
+    pub fn new(session: SessionKeys, records_per_key: u64) -> io::Result<Self> {
+        let SessionKeys { suite, keys, traffic } = session;
+        let ExtractedSecrets { tx: (tx_sequence, tx_secret), rx: (rx_sequence, rx_secret) } = keys;
         let protection = |sequence, secret: &_| {
-            Protection::new(ring.suite(), sequence, secret).ok_or_else(|| io::Error::from(io::ErrorKind::Unsupported))
+            Protection::new(suite, sequence, secret).ok_or_else(|| io::Error::from(io::ErrorKind::Unsupported))
         };
         let (tx, rx) = (protection(tx_sequence, &tx_secret)?, protection(rx_sequence, &rx_secret)?);
-        Ok(Self { ring, tx, rx, tx_secret, rx_secret })
+        let ring = Keyring { suite, traffic, limit: record_limit(suite, records_per_key) };
+        Ok(Self { ring, tx, rx, tx_secret: Secret::First(tx_secret), rx_secret: Secret::First(rx_secret) })
     }
 
-    /// Goes on to the next key of a direction.
+    /// Goes on to the next key of a direction, whose sequence starts at 0.
     pub fn renew(&mut self, direction: Direction) -> io::Result<()> {
-        let secret = self.ring.next(direction)?;
-        let protection = Protection::new(self.ring.suite(), 0, &secret).ok_or(io::ErrorKind::Unsupported)?;
+        let next = self.ring.next(direction)?;
+        let protection = Protection::next(self.ring.suite, &next).ok_or(io::ErrorKind::Unsupported)?;
         match direction {
-            Direction::Tx => (self.tx, self.tx_secret) = (protection, secret),
-            Direction::Rx => (self.rx, self.rx_secret) = (protection, secret),
+            Direction::Tx => (self.tx, self.tx_secret) = (protection, Secret::Next(next)),
+            Direction::Rx => (self.rx, self.rx_secret) = (protection, Secret::Next(next)),
         }
         Ok(())
     }
@@ -95,7 +105,8 @@ impl UserKeys {
         let Self { ring, tx, rx, tx_secret, rx_secret } = self;
         let sequence = tx.sequence();
         for (direction, used) in [(Direction::Tx, (sequence, tx_secret)), (Direction::Rx, (rx.sequence(), rx_secret))] {
-            let keys = Keys::new(ring.suite(), direction, used).ok_or(io::ErrorKind::Unsupported.into());
+            let (sequence, secret) = used;
+            let keys = secret.keys(ring.suite, direction, sequence).ok_or(io::ErrorKind::Unsupported.into());
             keys.and_then(|k| k.install(client, direction)).map_err(|e| (direction, e))?;
         }
         Ok(KernelKeys { ring, sealed_at_most: sequence })
@@ -121,8 +132,8 @@ impl KernelKeys {
 
     /// Installs the next key of a direction.
     pub fn renew(&mut self, client: BorrowedFd<'_>, direction: Direction) -> io::Result<()> {
-        let secret = self.ring.next(direction)?;
-        let keys = Keys::new(self.ring.suite(), direction, (0, secret)).ok_or(io::ErrorKind::Unsupported)?;
+        let next = self.ring.next(direction)?;
+        let keys = Keys::next(self.ring.suite, &next, 0).ok_or(io::ErrorKind::Unsupported)?;
         keys.install(client, direction)?;
         if direction == Direction::Tx {
             self.sealed_at_most = 0;

@@ -2,14 +2,17 @@
 
 use super::cvt;
 use super::socket::set_option;
+use crate::tls::traffic::{IV_BYTES, NextKey};
 use ktls_sys::bindings as sys;
-use rustls::{ConnectionTrafficSecrets, SupportedCipherSuite};
+use rustls::{CipherSuite, ConnectionTrafficSecrets, SupportedCipherSuite};
 use std::io;
 use std::mem::{size_of, zeroed};
 use std::os::fd::{AsRawFd, BorrowedFd};
 use zeroize::Zeroize;
 
 const SOL_TLS: libc::c_int = 282;
+/// On the wire and in `tls_crypto_info`.
+const TLS_1_3: u16 = 0x0304;
 const TLS_TX: libc::c_int = 1;
 const TLS_RX: libc::c_int = 2;
 const TLS_SET_RECORD_TYPE: libc::c_int = 1;
@@ -58,37 +61,30 @@ impl Keys {
         Some(Self(info))
     }
 
+    /// Of a key that followed another, in TLS 1.3. `None`: the kernel has no such suite.
+    pub fn next(suite: SupportedCipherSuite, next: &NextKey, sequence: u64) -> Option<Self> {
+        let raw = Raw { version: TLS_1_3, iv: next.iv, sequence };
+        match suite.suite() {
+            CipherSuite::TLS13_AES_128_GCM_SHA256 => Some(raw.aes_128_gcm(next.key().try_into().ok()?)),
+            CipherSuite::TLS13_AES_256_GCM_SHA384 => Some(raw.aes_256_gcm(next.key().try_into().ok()?)),
+            CipherSuite::TLS13_CHACHA20_POLY1305_SHA256 => Some(raw.chacha20_poly1305(next.key().try_into().ok()?)),
+            _ => None,
+        }
+    }
+
     /// Keys that protect nothing, for the probe; `version` as on the wire, 0x0303 or 0x0304.
     pub fn fixed_aes_128_gcm(version: u16) -> Self {
-        Self(ktls::CryptoInfo::AesGcm128(sys::tls12_crypto_info_aes_gcm_128 {
-            info: sys::tls_crypto_info { version, cipher_type: sys::TLS_CIPHER_AES_GCM_128 as u16 },
-            iv: [9; 8],
-            key: [7; 16],
-            salt: [5; 4],
-            rec_seq: [0; 8],
-        }))
+        Raw::fixed(version).aes_128_gcm([7; 16])
     }
 
     /// As `fixed_aes_128_gcm`.
     pub fn fixed_aes_256_gcm(version: u16) -> Self {
-        Self(ktls::CryptoInfo::AesGcm256(sys::tls12_crypto_info_aes_gcm_256 {
-            info: sys::tls_crypto_info { version, cipher_type: sys::TLS_CIPHER_AES_GCM_256 as u16 },
-            iv: [9; 8],
-            key: [7; 32],
-            salt: [5; 4],
-            rec_seq: [0; 8],
-        }))
+        Raw::fixed(version).aes_256_gcm([7; 32])
     }
 
     /// As `fixed_aes_128_gcm`.
     pub fn fixed_chacha20_poly1305(version: u16) -> Self {
-        Self(ktls::CryptoInfo::Chacha20Poly1305(sys::tls12_crypto_info_chacha20_poly1305 {
-            info: sys::tls_crypto_info { version, cipher_type: sys::TLS_CIPHER_CHACHA20_POLY1305 as u16 },
-            iv: [9; 12],
-            key: [7; 32],
-            salt: sys::__IncompleteArrayField::new(),
-            rec_seq: [0; 8],
-        }))
+        Raw::fixed(version).chacha20_poly1305([7; 32])
     }
 
     /// Gives the keys to the kernel. EBUSY: they are set and this kernel cannot change them.
@@ -102,6 +98,51 @@ impl Keys {
             libc::setsockopt(socket.as_raw_fd(), SOL_TLS, name, self.0.as_ptr(), self.0.size() as libc::socklen_t)
         };
         cvt(r).map(drop)
+    }
+}
+
+/// What the kernel's structs have beside the key.
+struct Raw {
+    version: u16,
+    /// AES-GCM's salt is its front.
+    iv: [u8; IV_BYTES],
+    sequence: u64,
+}
+
+impl Raw {
+    fn fixed(version: u16) -> Self {
+        Self { version, iv: [9; IV_BYTES], sequence: 0 }
+    }
+
+    fn info(&self, cipher_type: u32) -> sys::tls_crypto_info {
+        sys::tls_crypto_info { version: self.version, cipher_type: cipher_type as u16 }
+    }
+
+    fn salt_and_iv(&self) -> ([u8; 4], [u8; 8]) {
+        let [a, b, c, d, iv @ ..] = self.iv;
+        ([a, b, c, d], iv)
+    }
+
+    fn aes_128_gcm(&self, key: [u8; 16]) -> Keys {
+        let (salt, iv) = self.salt_and_iv();
+        let (info, rec_seq) = (self.info(sys::TLS_CIPHER_AES_GCM_128), self.sequence.to_be_bytes());
+        Keys(ktls::CryptoInfo::AesGcm128(sys::tls12_crypto_info_aes_gcm_128 { info, iv, key, salt, rec_seq }))
+    }
+
+    fn aes_256_gcm(&self, key: [u8; 32]) -> Keys {
+        let (salt, iv) = self.salt_and_iv();
+        let (info, rec_seq) = (self.info(sys::TLS_CIPHER_AES_GCM_256), self.sequence.to_be_bytes());
+        Keys(ktls::CryptoInfo::AesGcm256(sys::tls12_crypto_info_aes_gcm_256 { info, iv, key, salt, rec_seq }))
+    }
+
+    fn chacha20_poly1305(&self, key: [u8; 32]) -> Keys {
+        Keys(ktls::CryptoInfo::Chacha20Poly1305(sys::tls12_crypto_info_chacha20_poly1305 {
+            info: self.info(sys::TLS_CIPHER_CHACHA20_POLY1305),
+            iv: self.iv,
+            key,
+            salt: sys::__IncompleteArrayField::new(),
+            rec_seq: self.sequence.to_be_bytes(),
+        }))
     }
 }
 

@@ -11,6 +11,7 @@
 
 use super::resolver::Resolver;
 use super::tickets::Ticketer;
+use super::traffic;
 use crate::config::{Group, Policy, Suite, Tls};
 use rustls::crypto::aws_lc_rs::{self, cipher_suite as suites, kx_group as groups};
 use rustls::crypto::{CryptoProvider, SupportedKxGroup};
@@ -146,6 +147,7 @@ pub fn server_config(
     config.session_storage = Arc::clone(&resumption.sessions);
     // The door to the kernel needs the keys; they go nowhere else, and there is no key log.
     config.enable_secret_extraction = true;
+    config.key_log = Arc::new(traffic::Catcher);
     // Early data can be replayed, and nothing that relays bytes can tell whether that does harm.
     config.max_early_data_size = 0;
     // Nothing is sent before the client's Finished: the record sequence past the door would not be known.

@@ -59,6 +59,7 @@ const PAUSE: Duration = Duration::from_millis(100);
 fn fleet(ctx: &Context) -> Result<()> {
     let relay = ctx.environment.relays()[0];
     let folder = ctx.environment.tmp.join("tickets");
+    let _ = std::fs::remove_dir_all(&folder);
     std::fs::create_dir_all(&folder)?;
     let node = || {
         let upstream = Upstream::serve(&ctx.environment, Kind::V4, serve)?;
@@ -67,6 +68,7 @@ fn fleet(ctx: &Context) -> Result<()> {
         })
     };
     let mut nodes = vec![node()?, node()?];
+    nodes.iter_mut().for_each(|node| node.proxy.beside_others());
     let leads = |node: &Setup| Ok::<_, anyhow::Error>(node.proxy.metrics()?.sum("tlsplice_ticket_keys_leader", &[]));
     let generation =
         |node: &Setup| Ok::<_, anyhow::Error>(node.proxy.metrics()?.sum("tlsplice_ticket_keys_generation", &[]));
@@ -83,6 +85,7 @@ fn fleet(ctx: &Context) -> Result<()> {
             leader.proxy.signal(Signal::KILL)?;
             leader.proxy.wait_exit()?;
             nodes.push(node()?);
+            nodes.iter_mut().for_each(|node| node.proxy.beside_others());
             killed = true;
         }
         for offer in [&tls12, &tls13] {
