@@ -23,7 +23,7 @@ pub fn tests(env: &Environment) -> Vec<Test> {
         ];
     }
     let mut tests = Test::each_relay(env, "kernel_counts_equal_what_was_sent_to_the_byte", exact);
-    let limit = env.scale(Duration::from_secs(120), Duration::from_secs(900));
+    let limit = env.scale(Duration::from_secs(240), Duration::from_secs(900));
     tests.push(Test::new(env, "kernel_counts_outlive_a_killed_tlsplice", killed));
     tests.push(Test::new(env, "a_new_program_takes_over_in_a_storm_without_a_loss", replaced));
     tests.push(Test::new(env, "server_names_of_a_hostile_client_take_no_memory", names));
