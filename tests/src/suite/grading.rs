@@ -18,7 +18,7 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 /// testssl.sh is a shell script, and takes minutes on a busy machine.
-const JUDGES_LIMIT: Duration = Duration::from_secs(900);
+const JUDGES_LIMIT: Duration = Duration::from_secs(1_200);
 
 pub fn tests(env: &Environment) -> Vec<Test> {
     if env.kernel != Kernel::Host {
@@ -238,7 +238,9 @@ fn judged(ctx: &Context) -> Result<()> {
         ensure!(of("overall_grade") == Some("A+"), "{policy}: testssl says {:?}", of("overall_grade"));
         let theirs = ["protocol_support_score", "key_exchange_score", "cipher_strength_score"]
             .map(|id| of(id).unwrap_or_default());
-        ensure!(theirs == scores, "{policy}: testssl scores {theirs:?}, expected {scores:?}");
+        // What it scores of several suites of TLS 1.2 is right only if it has asked for everything.
+        let is_scored = all || policy != "a-plus";
+        ensure!(!is_scored || theirs == scores, "{policy}: testssl scores {theirs:?}, expected {scores:?}");
         let ours = ["protocol_score", "key_exchange_score", "cipher_score"].map(|key| report[key].to_string());
         ensure!(ours == scores, "{policy}: grade scores {ours:?}");
         // An id may have the certificate's number behind it.
