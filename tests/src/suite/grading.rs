@@ -245,7 +245,8 @@ fn judged(ctx: &Context) -> Result<()> {
         ensure!(ours == scores, "{policy}: grade scores {ours:?}");
         // An id may have the certificate's number behind it.
         let is_of_the_test = |id: &str| id.split(' ').next().is_some_and(|id| NOT_OURS.contains(&id));
-        let is_bad = |severity: &str| !matches!(severity, "OK" | "INFO" | "LOW");
+        // WARN: a check of testssl.sh that came to no result, as on a busy machine.
+        let is_bad = |severity: &str| !matches!(severity, "OK" | "INFO" | "LOW" | "WARN");
         let bad: Vec<_> = found.iter().filter(|(id, severity, _)| is_bad(severity) && !is_of_the_test(id)).collect();
         ensure!(bad.is_empty(), "{policy}: above LOW: {bad:?}");
         if let Some(mozilla) = mozilla {
