@@ -6,14 +6,14 @@
 
 use crate::observe::counters::End;
 use crate::offload::{Offloaded, through_the_door};
-use crate::protect::PLAIN_BYTES;
-use crate::relay::flow::{Drained, Flow};
+use crate::relay::flow::Flow;
 use crate::relay::kernel_tls::KernelTls;
 use crate::relay::user_tls::{Received, Sealed, Then, UserTls};
-use crate::relay::{COPY_BYTES, COPY_RECORDS, Client, ClientEnd, Ended, Scratch, Spare, TURN_BYTES, UpstreamEnd};
+use crate::relay::{COPY_BYTES, COPY_RECORDS, Client, ClientEnd, Ended, Scratch, Spare, UpstreamEnd, Want};
 use crate::ring::Sock;
 use crate::sys::socket::{self, Half};
-use std::task::{Context, Poll, ready};
+use crate::watch::Verdict;
+use std::task::{Context, Poll};
 
 /// See the module.
 pub enum Downstream {
@@ -115,19 +115,17 @@ impl Downstream {
         Ok((!nothing).then_some(received))
     }
 
-    /// What a wait for the client needs to know of partial records; false: read again first.
-    pub fn before_wait(&mut self) -> bool {
+    /// Waits until a socket is ready or time is up.
+    pub fn poll_ready(
+        &mut self,
+        cx: &mut Context<'_>,
+        upstream: Option<&mut Sock>,
+        want: Want,
+    ) -> Poll<Result<(), Verdict>> {
         match self {
-            Self::User(_) | Self::Plain(_) => true,
-            Self::Kernel(behind) => behind.tls.raise_low_water(),
-        }
-    }
-
-    /// True: no poll has ended, and it is time to read all the same.
-    pub fn after_wait(&mut self, cx: &mut Context<'_>) -> bool {
-        match self {
-            Self::User(_) | Self::Plain(_) => false,
-            Self::Kernel(behind) => behind.tls.lower_low_water(cx),
+            Self::User(tls) => tls.client.poll_ready(cx, upstream, want),
+            Self::Kernel(behind) => behind.tls.poll_ready(cx, upstream, want),
+            Self::Plain(plain) => plain.client.poll_ready(cx, upstream, want),
         }
     }
 
@@ -209,7 +207,10 @@ impl Downstream {
         }
         match self {
             Self::User(tls) => Poll::Ready(tls.seal_from(upstream, scratch, max)),
-            Self::Kernel(behind) => behind.forward(cx, upstream, scratch, max),
+            Self::Kernel(behind) => {
+                let max = usize::try_from(max).unwrap_or(usize::MAX);
+                behind.tls.fill_down(cx, &mut behind.down, upstream, scratch, max).map(Ok)
+            }
             // Nothing is forwarded in mode "redirect".
             Self::Plain(_) => Poll::Ready(Err(Ended::abort(End::Internal))),
         }
@@ -273,16 +274,7 @@ impl Behind {
         if self.tls.owes_key_update() && !self.down.is_in_flight() && !self.tls.send_key_update()? {
             return Ok(false);
         }
-        let mut spliced = 0;
-        let drained = self.down.drain(cx, &mut self.tls.client.sock, |n| spliced += n);
-        if spliced > 0 {
-            self.tls.client.worker.counters.down_spliced.add(spliced as u64);
-            self.tls.sealed(spliced);
-        }
-        match drained {
-            Ok(drained) => Ok(drained == Drained::Empty),
-            Err(_) => Err(Ended::abort(End::ClientReset)),
-        }
+        self.tls.drain(cx, &mut self.down)
     }
 
     /// Moves at most `max` bytes of the client's plaintext into the flow, without looking at them.
@@ -300,42 +292,6 @@ impl Behind {
     fn sent(&mut self, bytes: usize) {
         self.tls.client.moved_down += bytes as u64;
         self.tls.client.watch.touch();
-    }
-
-    fn forward(
-        &mut self,
-        cx: &mut Context<'_>,
-        upstream: &mut Sock,
-        scratch: &mut Scratch,
-        max: u64,
-    ) -> Poll<Result<Sealed, Ended>> {
-        let max = usize::try_from(max).unwrap_or(usize::MAX).min(TURN_BYTES);
-        let has_pipe = self.down.has_pipe(&self.tls.client.share);
-        let result = if has_pipe {
-            ready!(self.down.poll_fill(cx, upstream, max))
-        } else {
-            socket::recv(upstream.fd(), &mut scratch.received[..max.min(COPY_BYTES)])
-        };
-        Poll::Ready(Ok(match result {
-            Ok(0) => Sealed::Eof,
-            Ok(n) => {
-                if has_pipe {
-                    self.down.turn_to_drain();
-                } else {
-                    self.down.copy(&scratch.received[..n]);
-                    self.tls.sealed(n);
-                    self.tls.client.worker.counters.down_copied.add(n as u64);
-                }
-                self.sent(n);
-                upstream.readable &= n >= PLAIN_BYTES.min(max);
-                Sealed::Bytes(n)
-            }
-            Err(e) if socket::is_again(&e) => {
-                upstream.readable = false;
-                Sealed::Nothing
-            }
-            Err(_) => Sealed::Broken,
-        }))
     }
 }
 

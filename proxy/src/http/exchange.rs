@@ -184,7 +184,7 @@ impl Exchange {
                 continue;
             }
             let want = self.want();
-            if let Err(verdict) = ready!(self.near.poll_ready(cx, Some(&mut self.upstream), want)) {
+            if let Err(verdict) = ready!(self.near.downstream.poll_ready(cx, Some(&mut self.upstream), want)) {
                 return Poll::Ready(self.timed_out(verdict));
             }
         }

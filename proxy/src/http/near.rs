@@ -11,7 +11,6 @@ use crate::observe::counters::End;
 use crate::relay::user_tls::{Received, Then};
 use crate::relay::userspace::Door;
 use crate::relay::{Ended, Scratch, Want};
-use crate::ring::Sock;
 use crate::watch::Verdict;
 use std::future::poll_fn;
 use std::ops::Range;
@@ -133,24 +132,6 @@ impl Near {
         Ok(true)
     }
 
-    /// Waits until a socket is ready or time is up.
-    pub fn poll_ready(
-        &mut self,
-        cx: &mut Context<'_>,
-        upstream: Option<&mut Sock>,
-        want: Want,
-    ) -> Poll<Result<(), Verdict>> {
-        if want.client_read && !self.downstream.before_wait() {
-            return Poll::Ready(Ok(()));
-        }
-        let ready = self.downstream.client_mut().poll_ready(cx, upstream, want);
-        if self.downstream.after_wait(cx) && ready.is_pending() {
-            self.downstream.client_mut().sock.readable = true;
-            return Poll::Ready(Ok(()));
-        }
-        ready
-    }
-
     /// Waits for the next request's head, which then lies at the front of the inbox.
     pub async fn read_head(&mut self, patience: Patience) -> Result<Extent, NoRequest> {
         let mut scanner = Scanner::request();
@@ -220,7 +201,7 @@ impl Near {
             client_write: !sent && !sock.writable && !self.downstream.is_in_flight(),
             ..Want::default()
         };
-        ready!(self.poll_ready(cx, None, want)).map_err(Waited::Verdict)?;
+        ready!(self.downstream.poll_ready(cx, None, want)).map_err(Waited::Verdict)?;
         Poll::Ready(Ok(()))
     }
 }

@@ -272,7 +272,7 @@ pub async fn finish(mut near: Box<Near>, how: End) -> Closed {
             }
             let sock = &near.downstream.client().sock;
             let want = Want { client_write: !sock.writable && !near.downstream.is_in_flight(), ..Want::default() };
-            if ready!(near.poll_ready(cx, None, want)).is_err() {
+            if ready!(near.downstream.poll_ready(cx, None, want)).is_err() {
                 return Poll::Ready(Ended::abort(how));
             }
         }

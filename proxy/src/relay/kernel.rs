@@ -6,16 +6,15 @@
 
 use super::flow::{Drained, Flow};
 use super::kernel_tls::KernelTls;
-use super::user_tls::Then;
-use super::{COPY_BYTES, HALF_OPEN_TIMEOUT, NO_REKEY_QUIET, TURN_BYTES};
+use super::user_tls::{Sealed, Then};
 use super::{ClientEnd, Down, Ended, Spare, Turn, Up, Want, over, timed_out};
+use super::{HALF_OPEN_TIMEOUT, NO_REKEY_QUIET, TURN_BYTES};
 use crate::observe::counters::End;
 use crate::protect::PLAIN_BYTES;
 use crate::ring::Sock;
 use crate::sys::socket::{self, Half};
 use crate::watch::Verdict;
 use std::future::Future;
-use std::io;
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
@@ -64,14 +63,7 @@ impl Kernel {
                 continue;
             }
             let want = self.want();
-            if want.client_read && !self.tls.raise_low_water() {
-                continue;
-            }
-            let ready = self.tls.client.poll_ready(cx, Some(&mut self.upstream), want);
-            if self.tls.lower_low_water(cx) && ready.is_pending() {
-                self.tls.client.sock.readable = true;
-                continue;
-            }
+            let ready = self.tls.poll_ready(cx, Some(&mut self.upstream), want);
             if let Err(verdict) = ready!(ready)
                 && let Some(ended) = self.timed_out(verdict)
             {
@@ -197,7 +189,7 @@ impl Kernel {
             if self.tls.owes_key_update() && !self.down_flow.is_in_flight() && !self.tls.send_key_update()? {
                 return Ok(Turn::Wait);
             }
-            if !self.down_flow.fills() && !self.drain_down(cx)? {
+            if !self.down_flow.fills() && !self.tls.drain(cx, &mut self.down_flow)? {
                 return Ok(Turn::Wait);
             }
             match self.down {
@@ -223,20 +215,6 @@ impl Kernel {
         }
     }
 
-    /// True when all has gone to the client.
-    fn drain_down(&mut self, cx: &mut Context<'_>) -> Result<bool, Ended> {
-        let mut spliced = 0;
-        let drained = self.down_flow.drain(cx, &mut self.tls.client.sock, |n| spliced += n);
-        if spliced > 0 {
-            self.tls.client.worker.counters.down_spliced.add(spliced as u64);
-            self.tls.sealed(spliced);
-        }
-        match drained {
-            Ok(drained) => Ok(drained == Drained::Empty),
-            Err(_) => Err(Ended::abort(End::ClientReset)),
-        }
-    }
-
     fn key_used_up(&mut self) {
         if !self.tls.renew_key() {
             self.up = Up::Broken(End::KeyExhausted);
@@ -244,40 +222,17 @@ impl Kernel {
         }
     }
 
+    /// Gives the bytes taken.
     fn fill_down(&mut self, cx: &mut Context<'_>) -> Poll<usize> {
-        let result = if self.down_flow.has_pipe(&self.tls.client.share) {
-            ready!(self.down_flow.poll_fill(cx, &self.upstream, TURN_BYTES))
-        } else {
-            self.copy_down()
-        };
-        match result {
-            Ok(0) => self.down = Down::Closing,
-            Ok(n) => {
-                self.tls.client.moved_down += n as u64;
-                self.tls.client.watch.touch();
-                self.upstream.readable &= n >= PLAIN_BYTES;
-            }
-            Err(e) if socket::is_again(&e) => {
-                self.upstream.readable = false;
-                return Poll::Ready(0);
-            }
-            Err(_) => self.down = Down::Broken,
-        }
-        self.down_flow.turn_to_drain();
-        Poll::Ready(result.unwrap_or(0))
-    }
-
-    fn copy_down(&mut self) -> io::Result<usize> {
         let worker = self.tls.client.worker.clone();
         let mut scratch = worker.scratch.borrow_mut();
-        // What the client does not take is kept: little, until it has shown that it reads.
-        let max = if self.tls.client.sock.is_wide() { COPY_BYTES } else { PLAIN_BYTES };
-        let n = socket::recv(self.upstream.fd(), &mut scratch.received[..max])?;
-        self.upstream.received(n);
-        self.down_flow.copy(&scratch.received[..n]);
-        worker.counters.down_copied.add(n as u64);
-        self.tls.sealed(n);
-        Ok(n)
+        match ready!(self.tls.fill_down(cx, &mut self.down_flow, &mut self.upstream, &mut scratch, TURN_BYTES)) {
+            Sealed::Bytes(n) => return Poll::Ready(n),
+            Sealed::Nothing => {}
+            Sealed::Eof => self.down = Down::Closing,
+            Sealed::Broken => self.down = Down::Broken,
+        }
+        Poll::Ready(0)
     }
 
     /// Pipe empty, socket writable, close_notify, FIN: any other order can cut a record that the kernel still holds.

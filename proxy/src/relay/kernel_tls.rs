@@ -6,14 +6,16 @@
 //! because a poll no longer tells of it. Nothing here asks for a kernel version: the probe's answers decide. This module
 //! knows no upstream.
 
-use super::flow::{Flow, Splicer};
+use super::flow::{Drained, Flow, Splicer};
 use super::record::{self, Fatal, Head, Storm, alert};
-use super::user_tls::{Received, Then};
-use super::{COPY_BYTES, Client, ClientEnd, Ended, Scratch, TURN_BYTES, UpstreamEnd, is_gone};
+use super::user_tls::{Received, Sealed, Then};
+use super::{COPY_BYTES, Client, ClientEnd, Ended, Scratch, TURN_BYTES, UpstreamEnd, Want, is_gone};
 use crate::observe::counters::End;
 use crate::protect::PLAIN_BYTES;
+use crate::ring::Sock;
 use crate::sys::ktls::{self, Direction, content_type};
 use crate::sys::socket;
+use crate::watch::Verdict;
 use std::future::Future;
 use std::io;
 use std::pin::Pin;
@@ -58,9 +60,27 @@ impl KernelTls {
 
     // ---- waiting for the client
 
+    /// As the client's own; where the kernel would wake for each byte of a record, it wakes for more of it.
+    pub fn poll_ready(
+        &mut self,
+        cx: &mut Context<'_>,
+        upstream: Option<&mut Sock>,
+        want: Want,
+    ) -> Poll<Result<(), Verdict>> {
+        if want.client_read && !self.raise_low_water() {
+            return Poll::Ready(Ok(()));
+        }
+        let ready = self.client.poll_ready(cx, upstream, want);
+        if self.lower_low_water(cx) && ready.is_pending() {
+            self.client.sock.readable = true;
+            return Poll::Ready(Ok(()));
+        }
+        ready
+    }
+
     /// Where a partial record counts as readable, asks to be woken by the next byte instead. False: read again, as
     /// more than the bytes counted here may have come before the mark was set.
-    pub fn raise_low_water(&mut self) -> bool {
+    fn raise_low_water(&mut self) -> bool {
         let armed = self.low_water.is_some() || self.client.sock.read_armed();
         if !self.client.worker.kernel.partial_record_wakes || armed {
             return true;
@@ -78,7 +98,7 @@ impl KernelTls {
 
     /// Back to 1 as soon as the poll has ended. True: it has not, and it is time to read all the same, because the
     /// kernel may have taken the bytes that were counted out of the queue, and then the mark is never reached.
-    pub fn lower_low_water(&mut self, cx: &mut Context<'_>) -> bool {
+    fn lower_low_water(&mut self, cx: &mut Context<'_>) -> bool {
         let Some(retry) = &mut self.low_water else { return false };
         let over = retry.as_mut().poll(cx).is_ready();
         if over || !self.client.sock.read_armed() {
@@ -90,6 +110,65 @@ impl KernelTls {
     pub fn reset_low_water(&mut self) {
         if self.low_water.take().is_some() {
             let _ = socket::set_receive_low_water(self.client.sock.fd(), 1);
+        }
+    }
+
+    // ---- plaintext for the client
+
+    /// Moves at most `max` bytes from the upstream into the flow, by its pipe or, where there is none, by a copy.
+    pub fn fill_down(
+        &mut self,
+        cx: &mut Context<'_>,
+        flow: &mut Flow,
+        upstream: &mut Sock,
+        scratch: &mut Scratch,
+        max: usize,
+    ) -> Poll<Sealed> {
+        let max = max.min(TURN_BYTES);
+        let result = if flow.has_pipe(&self.client.share) {
+            ready!(flow.poll_fill(cx, upstream, max))
+        } else {
+            self.copy_down(flow, upstream, scratch, max)
+        };
+        Poll::Ready(match result {
+            Ok(0) => Sealed::Eof,
+            Ok(n) => {
+                flow.turn_to_drain();
+                self.client.moved_down += n as u64;
+                self.client.watch.touch();
+                upstream.readable &= n >= PLAIN_BYTES.min(max);
+                Sealed::Bytes(n)
+            }
+            Err(e) if socket::is_again(&e) => {
+                upstream.readable = false;
+                Sealed::Nothing
+            }
+            Err(_) => Sealed::Broken,
+        })
+    }
+
+    fn copy_down(&mut self, flow: &mut Flow, upstream: &Sock, scratch: &mut Scratch, max: usize) -> io::Result<usize> {
+        // What the client does not take is kept: little, until it has shown that it reads.
+        let most = if self.client.sock.is_wide() { COPY_BYTES } else { PLAIN_BYTES };
+        let n = socket::recv(upstream.fd(), &mut scratch.received[..max.min(most)])?;
+        upstream.received(n);
+        flow.copy(&scratch.received[..n]);
+        self.client.worker.counters.down_copied.add(n as u64);
+        self.sealed(n);
+        Ok(n)
+    }
+
+    /// Sends what is on the way. True when all has gone to the client.
+    pub fn drain(&mut self, cx: &mut Context<'_>, flow: &mut Flow) -> Result<bool, Ended> {
+        let mut spliced = 0;
+        let drained = flow.drain(cx, &mut self.client.sock, |n| spliced += n);
+        if spliced > 0 {
+            self.client.worker.counters.down_spliced.add(spliced as u64);
+            self.sealed(spliced);
+        }
+        match drained {
+            Ok(drained) => Ok(drained == Drained::Empty),
+            Err(_) => Err(Ended::abort(End::ClientReset)),
         }
     }
 
