@@ -184,7 +184,7 @@ async fn shake_hands(client: Box<Client>, about: &About) -> Option<(UserTls, Doo
             return None;
         }
     };
-    let exact = offload::is_immediate(listener, &worker.kernel);
+    let exact = offload::is_immediate(listener, tls, &worker.kernel);
     watch.allow(limits.handshake_timeout);
     let Handshaken { session, leftover } = match handshake(&mut client, &watch, session, exact).await {
         Ok(done) => done,
@@ -212,7 +212,7 @@ async fn shake_hands(client: Box<Client>, about: &About) -> Option<(UserTls, Doo
         }
     };
     tracing::debug!(peer = %identity.peer, suite = ?facts.suite, group = ?facts.group, "handshake complete");
-    let (door, place) = match offload::plan(listener, &worker.kernel, keys.ring.suite()) {
+    let (door, place) = match offload::plan(listener, tls, &worker.kernel, keys.ring.suite()) {
         Ok(door) => (door, sockets::Place::Userspace),
         Err(why) => {
             worker.counters.declined(why);

@@ -20,6 +20,7 @@ use crate::relay::user_tls::UserTls;
 use crate::relay::userspace::Door;
 use crate::relay::{Client, Ended};
 use crate::sys::ktls;
+use crate::tls::policy::Negotiation;
 use rustls::SupportedCipherSuite;
 
 /// `offload_after = "auto"`, in bytes: below it, setting kTLS up costs more than it saves. One row until more series
@@ -27,17 +28,30 @@ use rustls::SupportedCipherSuite;
 const OFFLOAD_AFTER_AUTO_BYTES: u64 = 128 << 10;
 
 /// When this connection goes through the door, or why it never does.
-pub fn plan(listener: &Listener, kernel: &probe::Kernel, suite: SupportedCipherSuite) -> Result<Door, Decline> {
-    if listener.offload == Offload::Off {
-        return Err(Decline::Off);
-    }
-    if kernel.no_ulp.is_some() {
-        return Err(Decline::NoUlp);
+pub fn plan(
+    listener: &Listener,
+    tls: &Negotiation,
+    kernel: &probe::Kernel,
+    suite: SupportedCipherSuite,
+) -> Result<Door, Decline> {
+    if let Some(why) = is_shut(listener, tls, kernel) {
+        return Err(why);
     }
     if !kernel.offloads(suite) {
         return Err(Decline::Cipher);
     }
     Ok(Door::After(offload_after(listener)))
+}
+
+/// Why no connection of this listener goes through the door, whatever its suite.
+fn is_shut(listener: &Listener, tls: &Negotiation, kernel: &probe::Kernel) -> Option<Decline> {
+    if listener.offload == Offload::Off {
+        return Some(Decline::Off);
+    }
+    if !tls.kernel_may_protect {
+        return Some(Decline::Policy);
+    }
+    kernel.no_ulp.is_some().then_some(Decline::NoUlp)
 }
 
 /// The listener's threshold in bytes.
@@ -49,8 +63,8 @@ fn offload_after(listener: &Listener) -> u64 {
 }
 
 /// The connection goes through the door as soon as its handshake is complete, if the suite allows.
-pub fn is_immediate(listener: &Listener, kernel: &probe::Kernel) -> bool {
-    listener.offload != Offload::Off && kernel.no_ulp.is_none() && offload_after(listener) == 0
+pub fn is_immediate(listener: &Listener, tls: &Negotiation, kernel: &probe::Kernel) -> bool {
+    is_shut(listener, tls, kernel).is_none() && offload_after(listener) == 0
 }
 
 /// What came of an attempt.
@@ -89,4 +103,41 @@ fn declined(tls: UserTls, why: Decline) -> Offloaded {
     tls.client.worker.counters.declined(why);
     tls.client.moved_to(Place::Declined(why));
     Offloaded::Declined(Box::new(tls))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::Config;
+    use crate::tls::policy::{Resumption, server_config};
+    use rustls::crypto::aws_lc_rs::cipher_suite::TLS13_AES_256_GCM_SHA384;
+
+    #[test]
+    fn the_first_reason_to_stay_is_the_one_that_is_told() {
+        let file = "[tls]\ncertificates = [\"a.pem\"]\n[[listener]]\naddress = \"[::]:1\"\nupstream = \"u\"\n\
+                    offload_after = 0\n[[upstream]]\nname = \"u\"\nservers = [\"unix:/u\"]\n";
+        let config = Config::parse(std::path::Path::new("test"), file).expect("valid");
+        let certificates = crate::tls::certificates::testing::resolver(&["a.test"]);
+        let resumption = Resumption::of_this_process().expect("random");
+        let mut tls = server_config(&config.tls, certificates, &resumption).expect("usable");
+        let mut listener = Listener::clone(&config.listeners[0]);
+        let mut kernel = probe::Kernel {
+            release: String::new(),
+            no_ulp: None,
+            suites: Vec::new(),
+            rekey: true,
+            short_splice_safe: true,
+            partial_record_wakes: false,
+        };
+        let why = |listener: &Listener, tls: &Negotiation, kernel: &probe::Kernel| {
+            (plan(listener, tls, kernel, TLS13_AES_256_GCM_SHA384).err(), is_immediate(listener, tls, kernel))
+        };
+        assert_eq!(why(&listener, &tls, &kernel), (Some(Decline::Cipher), true));
+        kernel.no_ulp = Some("none".to_owned());
+        assert_eq!(why(&listener, &tls, &kernel), (Some(Decline::NoUlp), false));
+        tls.kernel_may_protect = false;
+        assert_eq!(why(&listener, &tls, &kernel), (Some(Decline::Policy), false));
+        listener.offload = Offload::Off;
+        assert_eq!(why(&listener, &tls, &kernel), (Some(Decline::Off), false));
+    }
 }

@@ -50,7 +50,7 @@ pub struct Fed {
 
 impl Session {
     pub fn new(by: Negotiation) -> Result<Self, Error> {
-        let Negotiation { config, strict } = by;
+        let Negotiation { config, strict, .. } = by;
         let tls = Box::new(UnbufferedServerConnection::new(config)?);
         let gate = Some(Gate::new(strict));
         Ok(Self { tls, established: false, presented: 0, gate, name: ServerName::NONE, traffic: None })

@@ -46,7 +46,7 @@ impl Snapshot {
     pub fn new(config: Arc<Config>, tls: Negotiation) -> Self {
         let mut http = rustls::ServerConfig::clone(&tls.config);
         http.alpn_protocols = vec![b"http/1.1".to_vec()];
-        let http_tls = Negotiation { config: Arc::new(http), strict: tls.strict.clone() };
+        let http_tls = Negotiation { config: Arc::new(http), ..tls.clone() };
         Self { config, tls, http_tls }
     }
 }

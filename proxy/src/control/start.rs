@@ -190,10 +190,12 @@ impl Terminator {
 /// `Host`: what is missing.
 pub fn refuse_if_required(config: &Config, kernel: &Kernel) -> Result<(), Failure> {
     let Some(listener) = config.listeners.iter().find(|l| l.offload == Offload::Require) else { return Ok(()) };
-    if kernel.offloads_everything() {
+    let may = config.tls.policy.lets_the_kernel_protect();
+    if may && kernel.offloads_everything() {
         return Ok(());
     }
     let missing = match &kernel.no_ulp {
+        _ if !may => "FIPS mode, which the policy wants of it (fips=1 on its command line)".to_owned(),
         Some(why) => why.clone(),
         None => missing_directions(kernel).join(", "),
     };

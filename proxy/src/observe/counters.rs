@@ -53,6 +53,8 @@ label! {
     Decline {
         /// `offload = "off"`.
         Off = "off",
+        /// The policy wants the validated module, and the kernel is not in FIPS mode.
+        Policy = "policy",
         /// The kernel has no `tls` upper-layer protocol.
         NoUlp = "no_ulp",
         /// The kernel lacks a direction of the suite.

@@ -313,7 +313,7 @@ fn signing_key(key: &Key) -> Result<Arc<dyn SigningKey>, String> {
 }
 
 #[cfg(test)]
-pub(super) mod testing {
+pub(crate) mod testing {
     use super::*;
 
     pub(crate) fn made(

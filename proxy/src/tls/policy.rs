@@ -73,6 +73,8 @@ pub struct Negotiation {
     pub config: Arc<ServerConfig>,
     /// `strict_sni`: the names that are served; all others are refused.
     pub strict: Option<Arc<Resolver>>,
+    /// The record layer may leave the process.
+    pub kernel_may_protect: bool,
 }
 
 impl Policy {
@@ -145,7 +147,7 @@ pub fn server_config(
     config.alpn_protocols = tls.alpn.iter().map(|name| name.as_bytes().to_vec()).collect();
     config.ticketer = Arc::clone(&resumption.ticketer);
     config.session_storage = Arc::clone(&resumption.sessions);
-    // The door to the kernel needs the keys; they go nowhere else, and there is no key log.
+    // The door to the kernel needs the keys, and later ones are derived from what is caught. They go nowhere else.
     config.enable_secret_extraction = true;
     config.key_log = Arc::new(traffic::Catcher);
     // Early data can be replayed, and nothing that relays bytes can tell whether that does harm.
@@ -156,7 +158,8 @@ pub fn server_config(
     if tls.policy == Policy::Fips && !config.fips() {
         return Err(rustls::Error::General("rustls does not call this configuration FIPS".to_owned()));
     }
-    Ok(Negotiation { config: Arc::new(config), strict: tls.strict_sni.then_some(certificates) })
+    let kernel_may_protect = tls.policy.lets_the_kernel_protect();
+    Ok(Negotiation { config: Arc::new(config), strict: tls.strict_sni.then_some(certificates), kernel_may_protect })
 }
 
 /// The suites that a configuration leaves, in order.

@@ -86,6 +86,7 @@ fn offload(counters: &[Arc<Counters>]) -> Result<String, String> {
 fn reason(why: Decline) -> &'static str {
     match why {
         Decline::Off => "it is switched off",
+        Decline::Policy => "the policy wants a kernel in FIPS mode",
         Decline::NoUlp => "this kernel has no TLS; `tlsplice doctor` says what mends it",
         Decline::Cipher => "this kernel lacks the suite",
         Decline::Rekeyed => "the client had rekeyed, which this kernel cannot take over",
