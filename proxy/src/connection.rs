@@ -201,7 +201,6 @@ async fn shake_hands(client: Box<Client>, about: &About) -> Option<(UserTls, Doo
         about.report(End::Internal, "handshake", "it has no result");
         return None;
     };
-    worker.counters.handshakes.add(1);
     worker.counters.handshakes_by.add(&facts, identity.since.elapsed());
     let keys = session.into_keys().map_err(std::io::Error::other);
     let keys = match keys.and_then(|keys| UserKeys::new(keys, limits.records_per_key)) {

@@ -146,8 +146,7 @@ pub struct Counters {
     /// Pauses of accept at EMFILE, ENFILE, ENOBUFS or ENOMEM.
     pub accept_pauses: Count,
     pub live: Count,
-    pub handshakes: Count,
-    /// The same by what they gave, and how long they took.
+    /// Complete handshakes by what they gave, and how long they took.
     pub handshakes_by: Handshakes,
     /// Alerts of those that failed.
     pub handshake_alerts: Alerts,

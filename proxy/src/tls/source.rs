@@ -49,11 +49,6 @@ impl Source {
         source
     }
 
-    /// Whether everything could be read.
-    pub fn is_complete(&self) -> bool {
-        self.faults.is_empty()
-    }
-
     fn fault(&mut self, file: &Path, message: String) {
         self.faults.push(Fault { file: file.to_path_buf(), message });
     }
