@@ -6,10 +6,11 @@
 //! stays are not touched; only its settings change. Connections keep what they started with.
 
 use super::notify::{State, notify};
+use super::staples::Staples;
 use super::start::{Loaded, Terminator, read_certificates, read_config, refuse_if_required};
 use super::upkeep::Watched;
 use crate::accept::SYN_GRACE;
-use crate::config::{Config, Listener};
+use crate::config::{Config, Listener, Ocsp};
 use crate::exit::Failure;
 use crate::listen::{self, BindError};
 use crate::tls::policy;
@@ -65,7 +66,7 @@ impl Terminator {
         let Fresh { mut config, loaded: Loaded { certificates, source, .. } } = fresh;
         refuse_if_required(&config, &self.kernel)?;
         let grade = self.refuse_lower_grade(&config, &certificates).map_err(Failure::Usage)?;
-        let certificates = self.stapled(certificates);
+        let certificates = self.stapled(certificates, config.tls.ocsp);
         let tls = policy::server_config(&config.tls, certificates.resolver(), &self.resumption)
             .map_err(|e| Failure::Usage(format!("[tls]: {e}")))?;
         let new = added(&self.config, &config);
@@ -77,6 +78,10 @@ impl Terminator {
         self.figures.set(&config, &certificates);
         self.config = Arc::new(config);
         (self.certificates, self.grade) = (certificates, grade);
+        if self.config.tls.ocsp == Ocsp::Off {
+            // Nobody looks whether they are still good.
+            self.staples = Staples::default();
+        }
         self.watched = Watched::serving(source.as_ref());
         if let Some(source) = source {
             self.keep(&source);

@@ -126,6 +126,10 @@ impl Terminator {
 
     /// Serves what has changed.
     pub(super) fn checked_staples(&mut self, checked: Vec<Checked>) {
+        if self.config.tls.ocsp == Ocsp::Off {
+            // They were asked for before a reload that wants none.
+            return;
+        }
         let poll = self.config.tls.poll;
         let margin = (poll * MARGIN_POLLS).as_secs();
         for Checked { id, staple, fetched } in checked {
@@ -174,10 +178,13 @@ impl Terminator {
     }
 
     /// The staples that are known, put to certificates that were read anew.
-    pub(super) fn stapled(&self, certificates: Certificates) -> Certificates {
+    pub(super) fn stapled(&self, certificates: Certificates, mode: Ocsp) -> Certificates {
+        if mode == Ocsp::Off {
+            return certificates;
+        }
         let staples: Vec<_> = certificates.served().iter().map(|served| self.staple_of(served)).collect();
         if staples.iter().all(Option::is_none) {
-            return from_files(certificates, self.config.tls.ocsp);
+            return from_files(certificates, mode);
         }
         certificates.with_staples(&staples)
     }

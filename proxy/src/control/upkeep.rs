@@ -107,7 +107,7 @@ impl Terminator {
         }
         let grade = self.refuse_lower_grade(&self.config, &certificates)?;
         let names = certificates.names().collect::<Vec<_>>().join(" ");
-        let certificates = self.stapled(certificates);
+        let certificates = self.stapled(certificates, self.config.tls.ocsp);
         self.serve(certificates).map_err(|e| e.to_string())?;
         self.grade = grade;
         self.keep(source);

@@ -184,11 +184,19 @@ fn follow(ctx: &Context, responder: &Responder<'_>) -> Result<()> {
     responder.index(&leaves, false)?;
     until("they are good again", patience * 2, &is_good)?;
     ctx.note(&format!(
-        "ECDSA and RSA stapled, gone {} s after the answer, refused when revoked, back again",
+        "ECDSA and RSA stapled, gone {} s after the answer, refused when revoked, back again, and off by a reload",
         expired.as_secs()
     ));
-    while setup.upstream.accept_now().is_some() {}
-    let Setup { mut proxy, .. } = setup;
+    let Setup { mut proxy, upstream, .. } = setup;
+    proxy.reload(proxy.settings.clone().tls("ocsp = \"off\""))?;
+    let deadline = Instant::now() + patience;
+    for kind in KINDS {
+        while !status(authority, address, kind)?.contains("no response sent") {
+            ensure!(Instant::now() < deadline, "{kind}: stapled though a reload wants none: {}", proxy.log_tail());
+            thread::sleep(Duration::from_millis(100));
+        }
+    }
+    while upstream.accept_now().is_some() {}
     proxy.settled()?;
     proxy.signal(rustix::process::Signal::TERM)?;
     let status = proxy.wait_exit().context("end")?;
