@@ -37,10 +37,6 @@ use std::pin::Pin;
 use std::rc::Rc;
 use std::sync::Arc;
 
-/// Bytes that may lie unsent in an upstream's send queue. Four times less makes a fast reader wait for bytes that were
-/// ready (a third more CPU).
-const UPSTREAM_UNSENT_BYTES: usize = 1 << 20;
-
 /// A client that has just been accepted.
 pub struct Accepted {
     pub client: OwnedFd,
@@ -114,15 +110,7 @@ async fn redirects(client: Box<Client>, about: &About) -> Closing {
 type Closing = Pin<Box<dyn Future<Output = ()>>>;
 
 fn service(upstream: Arc<Upstream>, about: &About) -> Service {
-    let config = &about.snapshot.config;
-    Service {
-        peer: about.identity.peer,
-        upstream,
-        turn: about.turn.clone(),
-        http: config.http.clone(),
-        limits: config.limits.clone(),
-        unsent_bytes: UPSTREAM_UNSENT_BYTES,
-    }
+    Service { peer: about.identity.peer, upstream, turn: about.turn.clone(), config: about.snapshot.config.clone() }
 }
 
 /// Relays on either side of the door.
@@ -242,7 +230,6 @@ async fn connect_upstream(
             return None;
         }
     };
-    let _ = socket::set_unsent_limit(upstream.fd(), UPSTREAM_UNSENT_BYTES);
     let send_memory = tls.client.worker.send_memory.clone();
     tls.client.sock.draw_on(send_memory, &upstream);
     tls.client.identity.goes_to(&upstream);

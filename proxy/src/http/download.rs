@@ -88,7 +88,7 @@ impl Exchange {
     /// Takes a head off the front of the answer. False: it is not complete.
     fn understand(&mut self, scratch: &mut Scratch) -> Result<bool, Outcome> {
         let refused = |refusal: Refusal| Outcome::Refused(refusal.of_upstream());
-        let Some(extent) = self.scanner.scan(&self.answer, self.rules.head_bytes).map_err(refused)? else {
+        let Some(extent) = self.scanner.scan(&self.answer, self.config.http.head_bytes).map_err(refused)? else {
             return Ok(false);
         };
         let client = self.near.downstream.client();
@@ -99,7 +99,7 @@ impl Exchange {
             keep_alive: self.request.keep_alive
                 && (self.near.gone.is_none() || !self.near.inbox.is_empty())
                 && !client.watch.is_draining(),
-            hsts: &self.rules.hsts,
+            hsts: &self.config.http.hsts,
         };
         let Response { status, kind, head } =
             Response::parse(&self.answer[extent.start..extent.end], &asked).map_err(refused)?;
@@ -121,11 +121,11 @@ impl Exchange {
             Kind::Final { body, keep_client, keep_upstream } => {
                 self.status = Some(status);
                 (self.keep_client, self.keep_upstream) = (keep_client, keep_upstream);
-                self.near.downstream.client().watch.allow(self.rules.idle_timeout);
+                self.near.downstream.client().watch.allow(self.config.limits.idle_timeout);
                 self.download = match body {
                     Body::None => Download::Done,
                     Body::Length(_) | Body::Chunked | Body::UntilClose => {
-                        Download::Body(Left::of(body, self.rules.head_bytes))
+                        Download::Body(Left::of(body, self.config.http.head_bytes))
                     }
                 };
                 self.take_answer(&mut out)?;

@@ -4,9 +4,10 @@
 //!   client ───┤
 //!             └ ◀─ head ◀─ … 1xx … ◀─ body (counted, chunks, until close) ◀────── upstream
 //!
-//! `upload` and `download` are the two ways; here are what they share, and what comes of it. Counted bodies and those until close are not looked at: userspace seals them where they were received, behind the
-//! door they are spliced. Everything else goes through memory, in pieces of at most 128 KiB. A response may come before
-//! its request is complete. A body that is cut short is never passed on as a whole one: its reader gets a reset.
+//! `upload` and `download` are the two ways; here are what they share, and what comes of it. Counted bodies and those
+//! until close are not looked at: userspace seals them where they were received, behind the door they are spliced.
+//! Everything else goes through memory, in pieces of at most 128 KiB. A response may come before its request is
+//! complete. A body that is cut short is never passed on as a whole one: its reader gets a reset.
 
 use super::chunk::Decoder;
 use super::downstream::Downstream;
@@ -15,6 +16,7 @@ use super::head::Scanner;
 use super::near::{HEAD_READ_BYTES, Near};
 use super::refusal::{Refusal, Status};
 use super::request::Request;
+use crate::config::Config;
 use crate::observe::counters::End;
 use crate::relay::flow::{Flow, Splicer};
 use crate::relay::userspace::Door;
@@ -23,24 +25,15 @@ use crate::ring::Sock;
 use crate::watch::Verdict;
 use std::future::Future;
 use std::pin::Pin;
+use std::sync::Arc;
 use std::task::{Context, Poll, ready};
-use std::time::Duration;
-
-/// What an exchange needs of the configuration.
-#[derive(Debug, Clone)]
-pub struct Rules {
-    pub head_bytes: usize,
-    pub hsts: String,
-    pub response_timeout: Duration,
-    pub idle_timeout: Duration,
-}
 
 /// See the module.
 pub struct Exchange {
     pub near: Near,
     pub upstream: Sock,
     pub request: Request,
-    pub rules: Rules,
+    pub config: Arc<Config>,
     /// The upstream's connection has carried a request before.
     pub(super) reused: bool,
     pub(super) upload: Left,
@@ -108,7 +101,7 @@ impl Left {
 
 impl Exchange {
     /// The request's head is sent first.
-    pub fn new(near: Near, upstream: Sock, reused: bool, request: Request, rules: Rules) -> Self {
+    pub fn new(near: Near, upstream: Sock, reused: bool, request: Request, config: Arc<Config>) -> Self {
         let mut head = Spare::default();
         head.push(&request.head);
         let splicer = match &near.downstream {
@@ -117,14 +110,14 @@ impl Exchange {
         };
         let watch = &near.downstream.client().watch;
         watch.forgive();
-        watch.allow(rules.response_timeout);
+        watch.allow(config.http.response_timeout);
         Self {
-            upload: Left::of(request.body, rules.head_bytes),
+            upload: Left::of(request.body, config.http.head_bytes),
             up: Flow::new(splicer, head),
             near,
             upstream,
             request,
-            rules,
+            config,
             reused,
             answer: Vec::new(),
             scanner: Scanner::response(),

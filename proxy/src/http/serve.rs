@@ -7,12 +7,12 @@
 //! knows the door, half-closes and truncation already.
 
 use super::downstream::Downstream;
-use super::exchange::{Exchange, Outcome, Rules};
+use super::exchange::{Exchange, Outcome};
 use super::near::{Gone, Near, NoRequest, Patience};
 use super::refusal::{Refusal, Status, page};
 use super::request::Request;
 use crate::close::Closed;
-use crate::config::{Http, Limits, Upstream};
+use crate::config::{Config, Upstream};
 use crate::observe::access::{Entry, Peer};
 use crate::observe::counters::End;
 use crate::relay::kernel::Kernel;
@@ -37,9 +37,7 @@ pub struct Service {
     pub peer: Peer,
     pub upstream: Arc<Upstream>,
     pub turn: Rc<Cell<usize>>,
-    pub http: Http,
-    pub limits: Limits,
-    pub unsent_bytes: usize,
+    pub config: Arc<Config>,
 }
 
 /// What is left of a connection.
@@ -64,8 +62,9 @@ enum Next {
 /// Serves requests until the connection is over.
 pub async fn serve(near: Near, service: &Service) -> Over {
     let mut near = Box::new(near);
-    let Http { head_timeout, keep_alive, head_bytes, .. } = service.http;
-    let mut patience = Patience { idle: head_timeout, head: head_timeout, limit: head_bytes, ends_in_drain: false };
+    let http = &service.config.http;
+    let (head, limit) = (http.head_timeout, http.head_bytes);
+    let mut patience = Patience { idle: head, head, limit, ends_in_drain: false };
     loop {
         let extent = match Box::pin(near.read_head(patience)).await {
             Ok(extent) => extent,
@@ -85,7 +84,7 @@ pub async fn serve(near: Near, service: &Service) -> Over {
             Next::Request(near) => near,
             Next::Over(over) => return over,
         };
-        (patience.idle, patience.ends_in_drain) = (keep_alive, true);
+        (patience.idle, patience.ends_in_drain) = (http.keep_alive, true);
     }
 }
 
@@ -150,7 +149,7 @@ async fn conclude(
             }
             let Exchange { near, upstream, .. } = *done;
             if keep_upstream {
-                worker.pool.put(&service.upstream.servers[server], upstream, service.http.upstream_idle);
+                worker.pool.put(&service.upstream.servers[server], upstream, service.config.http.upstream_idle);
             }
             let near = Box::new(near);
             if keep_client { Next::Request(near) } else { Next::Over(finish(near, End::Clean).await.into()) }
@@ -181,16 +180,10 @@ async fn relay(
     request: Request,
     service: &Service,
 ) -> Result<(Box<Exchange>, Outcome), Over> {
-    let rules = Rules {
-        head_bytes: service.http.head_bytes,
-        hsts: service.http.hsts.clone(),
-        response_timeout: service.http.response_timeout,
-        idle_timeout: service.limits.idle_timeout,
-    };
     let client = near.downstream.client_mut();
     client.sock.draw_on(client.worker.send_memory.clone(), &connected.sock);
     client.identity.goes_to(&connected.sock);
-    let mut exchange = Box::new(Exchange::new(near, connected.sock, connected.reused, request, rules));
+    let mut exchange = Box::new(Exchange::new(near, connected.sock, connected.reused, request, service.config.clone()));
     loop {
         match exchange.run().await {
             Outcome::AtDoor => {
@@ -212,7 +205,7 @@ async fn relay(
 async fn connect(near: &Near, request: &Request, pooled: bool, service: &Service) -> Result<Connected, Failure> {
     let client = near.downstream.client();
     let (pool, sockets, watch) = (&client.worker.pool, &client.worker.sockets, client.watch.clone());
-    let each = service.limits.connect_timeout;
+    let each = service.config.limits.connect_timeout;
     let connected = if pooled {
         pool.connect(&service.upstream, &service.turn, &watch, each, !request.is_replayable(), sockets).await
     } else {
@@ -223,15 +216,15 @@ async fn connect(near: &Near, request: &Request, pooled: bool, service: &Service
         let counters = &client.worker.counters;
         let count = if connected.reused { &counters.upstream_reused } else { &counters.upstream_new };
         count.add(1);
-        let _ = socket::set_unsent_limit(connected.sock.fd(), service.unsent_bytes);
     }
     connected
 }
 
 fn refusal_of(how: End) -> Refusal {
-    match how {
-        End::ConnectTimeout => Refusal::new(Status::GatewayTimeout, "no server of the upstream was reached in time"),
-        _ => Refusal::bad_gateway("no server of the upstream could be reached"),
+    if how == End::ConnectTimeout {
+        Refusal::new(Status::GatewayTimeout, "no server of the upstream was reached in time")
+    } else {
+        Refusal::bad_gateway("no server of the upstream could be reached")
     }
 }
 
@@ -245,7 +238,7 @@ async fn end_upstream(exchange: &mut Exchange) {
 
 /// Answers with a page of ours and closes.
 async fn refuse(mut near: Box<Near>, mut entry: Entry, refusal: Refusal, to_head: bool, service: &Service) -> Closed {
-    let text = page(refusal.status, entry.id, Some(&service.http.hsts), to_head);
+    let text = page(refusal.status, entry.id, Some(&service.config.http.hsts), to_head);
     entry.status = Some(refusal.status.code());
     entry.refused = Some(refusal);
     let worker = near.downstream.client().worker.clone();

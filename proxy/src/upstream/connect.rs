@@ -16,6 +16,10 @@ use std::time::Duration;
 /// A unix listener whose backlog is full answers EAGAIN and wakes nobody.
 const UNIX_BACKLOG_RETRY: Duration = Duration::from_millis(20);
 
+/// Bytes that may lie unsent in an upstream's send queue. Four times less makes a fast reader wait for bytes that were
+/// ready (a third more CPU).
+const UNSENT_BYTES: usize = 1 << 20;
+
 /// Why no server could be reached.
 pub struct Failure {
     pub how: End,
@@ -71,6 +75,7 @@ async fn one(server: &ServerAddress, watch: &Watch, label: impl Fn(BorrowedFd<'_
     let socket = Socket::new(domain, Type::STREAM.nonblocking().cloexec(), None)?;
     if domain != Domain::UNIX {
         socket::set_nodelay(socket.as_fd())?;
+        let _ = socket::set_unsent_limit(socket.as_fd(), UNSENT_BYTES);
     }
     let peer = label(socket.as_fd());
     loop {
