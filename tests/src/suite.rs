@@ -1,4 +1,4 @@
-//! All tests, by topic, and the list of those that may be skipped, with the kernels where they may.
+//! All tests, by topic.
 
 pub mod bulk;
 pub mod certificates;
@@ -34,7 +34,7 @@ pub mod stalled_readers;
 pub mod stapling;
 pub mod trickle;
 
-use crate::environment::{Environment, Kernel};
+use crate::environment::Environment;
 use crate::run::Test;
 
 /// In the order in which they run.
@@ -73,16 +73,4 @@ pub fn tests(env: &Environment) -> Vec<Test> {
     tests.extend(http_bodies::tests(env));
     tests.extend(http_programs::tests(env));
     tests
-}
-
-/// A prefix of a test's name, and the kernels on which it may be skipped.
-type MaySkip = (&'static str, fn(Kernel) -> bool);
-
-const MAY_SKIP: [MaySkip; 1] = [
-    // No image of a guest holds a JDK.
-    ("a_java_client", |kernel| matches!(kernel, Kernel::Guest(_))),
-];
-
-pub fn may_skip(name: &str, kernel: Kernel) -> bool {
-    MAY_SKIP.iter().any(|(prefix, on)| name.starts_with(prefix) && on(kernel))
 }

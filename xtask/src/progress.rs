@@ -80,7 +80,6 @@ pub fn line(line: &str) {
 pub enum Colour {
     Green,
     Red,
-    Yellow,
 }
 
 /// The text, in colour if stdout is a terminal and nobody has said NO_COLOR.
@@ -91,7 +90,6 @@ pub fn coloured(text: &str, colour: Colour) -> String {
     let code = match colour {
         Colour::Green => 32,
         Colour::Red => 31,
-        Colour::Yellow => 33,
     };
     format!("\x1b[{code}m{text}\x1b[0m")
 }

@@ -2,7 +2,7 @@
 //!
 //!   cargo build ─▶ private copies ─▶ run on one kernel ─▶ its lines, as they come ─▶ Report
 //!
-//! What it prints is an interface: `ok NAME`, `FAILED NAME`, `skip NAME: REASON`, and one line `SUMMARY {json}` at the end.
+//! What it prints is an interface: `ok NAME`, `FAILED NAME`, and one line `SUMMARY {json}` at the end.
 //! A run without that line has failed, whatever its exit status.
 
 use crate::progress::{self, Colour};
@@ -120,7 +120,6 @@ pub struct Report {
     pub offloaded: u64,
     pub spliced_bytes: u64,
     pub failures: Vec<String>,
-    pub skips: Vec<String>,
     /// Why the run as a whole is worth nothing.
     pub problem: Option<String>,
     pub took: Duration,
@@ -162,10 +161,6 @@ impl Listener {
                 self.report.failures.push(name.to_owned());
                 Some(Colour::Red)
             }
-            Some(("skip", rest)) => {
-                self.report.skips.push(rest.to_owned());
-                Some(Colour::Yellow)
-            }
             Some(("SUMMARY", json)) => {
                 self.sum_up(json);
                 return;
@@ -182,12 +177,12 @@ impl Listener {
             return;
         };
         let number = |key: &str| summary.get(key).and_then(Value::as_u64);
-        let counts = (number("passed"), number("failed"), number("skipped"));
-        let (Some(passed), Some(failed), Some(skipped)) = counts else {
-            self.report.problem = Some(format!("its summary lacks passed, failed or skipped: {json}"));
+        let counts = (number("passed"), number("failed"));
+        let (Some(passed), Some(failed)) = counts else {
+            self.report.problem = Some(format!("its summary lacks passed or failed: {json}"));
             return;
         };
-        (self.report.passed, self.report.failed, self.report.skipped) = (passed, failed, skipped);
+        (self.report.passed, self.report.failed) = (passed, failed);
         self.report.offloaded = number("offloaded").unwrap_or(0);
         self.report.spliced_bytes = number("spliced_bytes").unwrap_or(0);
         self.summed_up = true;
@@ -239,11 +234,10 @@ mod tests {
 
     #[test]
     fn a_run_counts_as_its_summary_says() {
-        let summary = r#"SUMMARY {"kernel":"6.1","passed":2,"failed":0,"skipped":1,"offloaded":7,"spliced_bytes":9}"#;
-        let report = report(&["ok a", "skip b: no java", "ok c", summary], &Exit::Status(0));
-        assert_eq!((report.passed, report.failed, report.skipped), (2, 0, 1));
+        let summary = r#"SUMMARY {"kernel":"6.1","passed":2,"failed":0,"offloaded":7,"spliced_bytes":9}"#;
+        let report = report(&["ok a", "ok c", summary], &Exit::Status(0));
+        assert_eq!((report.passed, report.failed), (2, 0));
         assert_eq!((report.offloaded, report.spliced_bytes), (7, 9));
-        assert_eq!(report.skips, ["b: no java"]);
         assert_eq!(report.problem, None);
     }
 
@@ -251,9 +245,9 @@ mod tests {
     fn a_run_that_breaks_off_or_runs_nothing_has_failed() {
         assert!(report(&["ok a"], &Exit::Status(0)).problem.is_some());
         assert!(report(&["ok a"], &Exit::Trouble("panic".into())).problem.is_some());
-        let nothing = r#"SUMMARY {"passed":0,"failed":0,"skipped":0}"#;
+        let nothing = r#"SUMMARY {"passed":0,"failed":0}"#;
         assert!(report(&[nothing], &Exit::Status(0)).problem.is_some());
-        let liar = r#"SUMMARY {"passed":1,"failed":1,"skipped":0}"#;
+        let liar = r#"SUMMARY {"passed":1,"failed":1}"#;
         assert!(report(&[liar], &Exit::Status(0)).problem.is_some());
         assert!(report(&["FAILED b", liar], &Exit::Status(1)).problem.is_none());
     }

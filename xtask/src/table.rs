@@ -83,8 +83,7 @@ impl Row {
         match &self.outcome {
             Outcome::Ran(report) => {
                 let failures = report.failures.iter().map(|name| with_name(&format!("FAILED {name}")));
-                let skips = report.skips.iter().map(|reason| with_name(&format!("skipped {reason}")));
-                skips.chain(failures).chain(report.problem.iter().map(|p| with_name(&format!("BROKEN: {p}")))).collect()
+                failures.chain(report.problem.iter().map(|p| with_name(&format!("BROKEN: {p}")))).collect()
             }
             Outcome::Declared(reason) => vec![with_name(&format!("NOT TESTED, it cannot be had any more: {reason}"))],
             Outcome::Broken(reason) => vec![with_name(&format!("BROKEN: {reason}"))],

@@ -29,8 +29,8 @@ pub fn tests(env: &Environment) -> Vec<Test> {
         }));
     }
     tests.extend(Test::each_relay(env, "five_hundred_connections_of_mixed_sizes_at_once", many_at_once));
-    tests.extend(Test::each_relay(env, "upstreams_over_ipv6_and_unix_sockets_are_served", kinds_of_upstream));
-    tests.extend(Test::each_relay(env, "a_listener_on_ipv6_is_served", listener_on_ipv6));
+    tests.extend(Test::one_relay(env, "upstreams_over_ipv6_and_unix_sockets_are_served", kinds_of_upstream));
+    tests.extend(Test::one_relay(env, "a_listener_on_ipv6_is_served", listener_on_ipv6));
     tests
 }
 

@@ -23,7 +23,7 @@ use std::time::Duration;
 pub fn tests(env: &Environment) -> Vec<Test> {
     let mut tests = Vec::new();
     if env.counts_in_kernel() {
-        tests = Test::each_relay(env, "each_mode_is_counted_under_its_listener_and_upstream", modes);
+        tests = Test::one_relay(env, "each_mode_is_counted_under_its_listener_and_upstream", modes);
     }
     tests.push(Test::new(env, "failed_handshakes_are_counted_by_their_alerts", alerts));
     tests

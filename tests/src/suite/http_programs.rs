@@ -18,8 +18,8 @@ pub fn tests(env: &Environment) -> Vec<Test> {
         return Vec::new();
     }
     let mut tests = Vec::new();
-    tests.extend(Test::each_relay(env, "http_nginx_behind_and_curl_wrk_h2load_in_front", programs));
-    tests.extend(Test::each_relay(env, "http_websockets_of_python_talk_through_it", websockets));
+    tests.extend(Test::one_relay(env, "http_nginx_behind_and_curl_wrk_h2load_in_front", programs));
+    tests.extend(Test::one_relay(env, "http_websockets_of_python_talk_through_it", websockets));
     tests
 }
 

@@ -5,8 +5,7 @@ use crate::client::handshake::{Suite, TLS13_AES_128, TLS13_AES_256};
 use crate::environment::{Environment, Relay};
 use crate::exchange::Setup;
 use crate::pattern::Pattern;
-use crate::process::find_program;
-use crate::run::{Context, Test, skip};
+use crate::run::{Context, Test};
 use crate::upstream::Request;
 use anyhow::{Context as _, Result, ensure};
 use std::fs;
@@ -14,6 +13,10 @@ use std::process::Stdio;
 use std::time::Duration;
 
 pub fn tests(env: &Environment) -> Vec<Test> {
+    if env.is_guest() {
+        // No image of a guest holds a JDK: a client of ours does there what it does.
+        return Vec::new();
+    }
     let mut tests = Test::each_relay(env, "a_java_client_that_rekeys_by_volume_sees_no_reset", key_limits);
     for test in &mut tests {
         test.limit = Duration::from_secs(180);
@@ -24,9 +27,6 @@ pub fn tests(env: &Environment) -> Vec<Test> {
 const SOURCE: &str = include_str!("KeyLimits.java");
 
 fn key_limits(ctx: &Context, relay: Relay) -> Result<()> {
-    if find_program("java").is_none() {
-        return Err(skip("no JDK on this machine"));
-    }
     let setup = Setup::exchanging(ctx, relay, &[0, 16_385])?;
     for (limit, bytes) in [(16, 3_000_000), (20, 6_000_000)] {
         for (listener, suite) in [TLS13_AES_256, TLS13_AES_128].into_iter().enumerate() {

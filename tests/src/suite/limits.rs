@@ -21,7 +21,7 @@ use std::time::{Duration, Instant};
 
 pub fn tests(env: &Environment) -> Vec<Test> {
     let mut tests = Vec::new();
-    let mut add = |name, run| tests.extend(Test::each_relay(env, name, run));
+    let mut add = |name, run| tests.extend(Test::one_relay(env, name, run));
     add("a_connection_above_the_cap_is_refused_and_the_next_below_it_served", cap);
     add("a_client_that_does_not_finish_its_handshake_is_cut", handshake_timeout);
     add("an_idle_connection_is_cut_and_a_busy_one_is_not", idle_timeout);

@@ -4,7 +4,7 @@ use crate::client::handshake::TLS13_AES_256;
 use crate::environment::{Environment, Relay};
 use crate::exchange::{Plan, Setup};
 use crate::proxy::loopback;
-use crate::run::{Context, Test, skip};
+use crate::run::{Context, Test};
 use crate::upstream::{Kind, Upstream, exchange as serve};
 use anyhow::{Context as _, Result, ensure};
 use std::fs;
@@ -13,7 +13,7 @@ use std::os::unix::fs::{PermissionsExt as _, chown};
 use std::time::{Duration, Instant};
 
 pub fn tests(env: &Environment) -> Vec<Test> {
-    Test::each_relay(env, "root_becomes_the_user_with_one_capability_and_reload_still_works", drops)
+    Test::one_relay(env, "root_becomes_the_user_with_one_capability_and_reload_still_works", drops)
 }
 
 const USER: &str = "nobody";
@@ -33,9 +33,7 @@ fn low_address() -> Result<SocketAddr> {
 }
 
 fn drops(ctx: &Context, relay: Relay) -> Result<()> {
-    if !rustix::process::geteuid().is_root() {
-        return Err(skip("only root can become somebody else"));
-    }
+    ensure!(rustix::process::geteuid().is_root(), "only root can become somebody else: run the tests as root");
     let (uid, gid) = ids().context("/etc/passwd has no nobody")?;
     let folder = ctx.environment.tmp.join("keys");
     fs::create_dir_all(&folder)?;

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 pub fn tests(env: &Environment) -> Vec<Test> {
     let mut tests =
-        Test::each_relay(env, "resumed_connections_lose_nothing_on_either_side_of_the_door", through_the_door);
+        Test::one_relay(env, "resumed_connections_lose_nothing_on_either_side_of_the_door", through_the_door);
     if !env.is_guest() {
         tests.push(Test::new(env, "a_ticket_of_one_process_is_resumed_by_another_through_rotations", fleet));
     }

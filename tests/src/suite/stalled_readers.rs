@@ -18,7 +18,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 pub fn tests(env: &Environment) -> Vec<Test> {
-    let mut tests = Test::each_relay(env, "readers_that_stall_hold_no_more_than_their_caps", stalled);
+    let mut tests = Test::one_relay(env, "readers_that_stall_hold_no_more_than_their_caps", stalled);
     for test in &mut tests {
         test.limit = Duration::from_secs(env.scale(90, 240));
     }
