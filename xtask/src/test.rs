@@ -25,7 +25,7 @@ use std::time::{Duration, Instant};
 /// Seconds that one kernel's run may take: several times what it takes on two cores.
 const RUN_LIMIT: Duration = Duration::from_secs(1800);
 /// The same for a guest, of which there are four: two turns of two.
-const GUEST_LIMIT: Duration = Duration::from_secs(720);
+const GUEST_LIMIT: Duration = Duration::from_secs(900);
 /// Guests that run at once: each has two virtual processors, and a test does not assert times that this would spoil.
 const GUESTS_AT_ONCE: usize = 2;
 /// Series whose runs have been clean from end to end. The others run and are shown, failures and all, but do not fail

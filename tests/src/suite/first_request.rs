@@ -78,13 +78,15 @@ fn cut_tls12(ctx: &Context, relay: Relay) -> Result<()> {
 
 fn cut_everywhere(ctx: &Context, relay: Relay, suite: Suite, offer: &Offer) -> Result<()> {
     let setup = Setup::exchanging(ctx, relay, &[0, 1])?;
+    // Under emulation the two relays share the offsets between them.
+    let (first, step) = ctx.environment.scale((1, 1), if relay == Relay::Ring { (2, 2) } else { (1, 2) });
     for listener in 0..2 {
         if !suite.tls13 {
             // Leaves a session to be resumed.
             prepare(ctx, setup.proxy.address(listener), offer)?.complete()?.finish()?;
             setup.upstream.served()?;
         }
-        let mut cut = 1;
+        let mut cut = first;
         loop {
             let prepared = prepare(ctx, setup.proxy.address(listener), offer)?;
             let flight = prepared.last_flight.len();
@@ -102,7 +104,7 @@ fn cut_everywhere(ctx: &Context, relay: Relay, suite: Suite, offer: &Offer) -> R
             say(ctx, &setup, prepared, UP_BYTES, DOWN_BYTES, &[cut]).with_context(|| {
                 format!("listener {listener}, cut at byte {cut}, the last flight is {flight} bytes")
             })?;
-            cut += 1;
+            cut += step;
         }
     }
     setup.finish(ctx).map(drop)

@@ -23,10 +23,11 @@ const CPU_SHARE: f64 = 0.6;
 fn trickle(ctx: &Context, relay: Relay) -> Result<()> {
     let setup = Setup::manual(ctx, relay, &[0, 16_384])?;
     let pause = Duration::from_millis(ctx.environment.scale(2, 20));
+    let payload = ctx.environment.scale(150, 60);
     for listener in 0..2 {
         for suite in [TLS13_AES_256, TLS12_AES_256] {
             let (mut client, stream) = setup.open(ctx, listener, suite, 40_000)?;
-            let record = client.tx.seal(DATA, Pattern::up().at(40_000, 150), 0)?;
+            let record = client.tx.seal(DATA, Pattern::up().at(40_000, payload), 0)?;
             let cuts: Vec<usize> = (1..record.len()).collect();
             let (cpu, slept, started) = (cpu_ns(setup.proxy.pid())?, sleeps(setup.proxy.pid())?, Instant::now());
             client.tx.write_cut(&record, &cuts, pause)?;
@@ -42,7 +43,7 @@ fn trickle(ctx: &Context, relay: Relay) -> Result<()> {
             ));
             ensure!(slept < SLEEPS_PER_BYTE, "{slept:.1} wake-ups a byte");
             ensure!(share < CPU_SHARE, "{share:.2} of the time was spent on the CPU");
-            let mut got = [0; 150];
+            let mut got = vec![0; payload];
             stream.read_exactly(&mut got)?;
             Pattern::up().check(40_000, &got)?;
         }
