@@ -90,20 +90,15 @@ pub fn tests(
     progress::note(&format!("[{}] starting {}", kernel.series, kernel.version()?));
     let mut listener = Listener::new(&kernel.series, arguments)?;
     let mut said = false;
-    let mut start = |listener: &mut Listener| {
-        guest
-            .run(|line| {
-                said = true;
-                listener.take(line);
-            })
-            .map(|ended| (ended, said))
-    };
-    let (mut ended, said) = start(&mut listener)?;
+    let mut ended = guest.run(|line| {
+        said = true;
+        listener.take(line);
+    })?;
     if ended == GuestEnded::Panicked && !said {
         // The kernel patches its own code while it starts, which the emulator of two processors does not always survive:
         // an int3 that nobody owns. Not one test had begun.
         progress::note(&format!("[{}] its kernel panicked while it started; once more", kernel.series));
-        (ended, _) = start(&mut listener)?;
+        ended = guest.run(|line| listener.take(line))?;
     }
     let exit = match ended {
         GuestEnded::Exited(status) => Exit::Status(status),
