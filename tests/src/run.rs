@@ -1,6 +1,6 @@
 //! Runs the tests one after the other, bounds each in time, prints what came of it, and sums up.
 //!
-//!     ok NAME (seconds) | FAILED NAME: why | note: figures
+//!     ok NAME (seconds) | FAILED NAME: why | again NAME: why | note: figures
 //!     SUMMARY {"kernel":…,"passed":…,"failed":…,"offloaded":…,"spliced_bytes":…,"copied_bytes":…}
 
 use crate::certificate::Certificates;
@@ -182,7 +182,7 @@ fn start() -> Result<ExitCode> {
         let mut verdict = bounded(&ctx, &test);
         if let Err(why) = &verdict {
             // Once more: a machine that is busy elsewhere makes some of these late. What passes then is named all the same.
-            println!("note: {name}: FAILED at first: {why:#}\n{}", ctx.log_tails());
+            println!("again {name}: {why:#}\n{}", ctx.log_tails());
             verdict = bounded(&ctx, &test);
         }
         let seconds = started.elapsed().as_secs_f64();

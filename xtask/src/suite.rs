@@ -2,8 +2,8 @@
 //!
 //!   cargo build ─▶ private copies ─▶ run on one kernel ─▶ its lines, as they come ─▶ Report
 //!
-//! What it prints is an interface: `ok NAME`, `FAILED NAME`, and one line `SUMMARY {json}` at the end.
-//! A run without that line has failed, whatever its exit status.
+//! What it prints is an interface: `ok NAME`, `FAILED NAME`, `again NAME: WHY` for a test that failed and is run once more,
+//! and one line `SUMMARY {json}` at the end. A run without that line has failed, whatever its exit status.
 
 use crate::progress::{self, Colour};
 use crate::{cache, first_process};
@@ -120,6 +120,8 @@ pub struct Report {
     pub offloaded: u64,
     pub spliced_bytes: u64,
     pub failures: Vec<String>,
+    /// Tests that failed and were run once more, with the reason; one that failed again is a failure too.
+    pub again: Vec<String>,
     /// Why the run as a whole is worth nothing.
     pub problem: Option<String>,
     pub took: Duration,
@@ -159,6 +161,10 @@ impl Listener {
             Some(("ok", _)) => Some(Colour::Green),
             Some(("FAILED", name)) => {
                 self.report.failures.push(name.to_owned());
+                Some(Colour::Red)
+            }
+            Some(("again", name)) => {
+                self.report.again.push(name.to_owned());
                 Some(Colour::Red)
             }
             Some(("SUMMARY", json)) => {
@@ -235,9 +241,10 @@ mod tests {
     #[test]
     fn a_run_counts_as_its_summary_says() {
         let summary = r#"SUMMARY {"kernel":"6.1","passed":2,"failed":0,"offloaded":7,"spliced_bytes":9}"#;
-        let report = report(&["ok a", "ok c", summary], &Exit::Status(0));
+        let report = report(&["ok a", "again c: late", "ok c", summary], &Exit::Status(0));
         assert_eq!((report.passed, report.failed), (2, 0));
         assert_eq!((report.offloaded, report.spliced_bytes), (7, 9));
+        assert_eq!(report.again, ["c: late"]);
         assert_eq!(report.problem, None);
     }
 

@@ -83,7 +83,8 @@ impl Row {
         match &self.outcome {
             Outcome::Ran(report) => {
                 let failures = report.failures.iter().map(|name| with_name(&format!("FAILED {name}")));
-                failures.chain(report.problem.iter().map(|p| with_name(&format!("BROKEN: {p}")))).collect()
+                let again = report.again.iter().map(|name| with_name(&format!("run once more: {name}")));
+                failures.chain(again).chain(report.problem.iter().map(|p| with_name(&format!("BROKEN: {p}")))).collect()
             }
             Outcome::Declared(reason) => vec![with_name(&format!("NOT TESTED, it cannot be had any more: {reason}"))],
             Outcome::Broken(reason) => vec![with_name(&format!("BROKEN: {reason}"))],
