@@ -9,7 +9,7 @@ use crate::relay::userspace::Userspace;
 use crate::relay::{Client, ClientEnd, Ended, Spare, UpstreamEnd, Worker};
 use crate::ring::Sock;
 use crate::sys::ktls::{self, Received};
-use crate::sys::socket::{self, Half};
+use crate::sys::socket::{self, Follow};
 use crate::watch::{Verdict, Watch};
 use std::future::poll_fn;
 use std::os::fd::BorrowedFd;
@@ -53,7 +53,7 @@ pub async fn close(closed: Closed) {
         ClientEnd::Reset => reset(&mut client).await,
         ClientEnd::Discard => finish(&mut client, &watch, &worker, pending).await,
         ClientEnd::Await => {
-            let _ = socket::shutdown(client.fd(), Half::Write);
+            client.finish();
             acknowledged(&client, STALLED_TIMEOUT).await;
             fin(&client).await;
         }
@@ -84,13 +84,14 @@ async fn reset(client: &mut Sock) {
 async fn finish(client: &mut Sock, watch: &Watch, worker: &Worker, mut pending: Spare) {
     watch.forgive();
     watch.allow(STALLED_TIMEOUT);
+    client.follow = Follow::Fin;
     while let Ok(false) = pending.flush(client) {
         if !writable(client, watch).await {
             return;
         }
         watch.touch();
     }
-    let _ = socket::shutdown(client.fd(), Half::Write);
+    client.finish();
     discard(client, watch, worker).await;
 }
 

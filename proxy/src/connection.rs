@@ -25,7 +25,6 @@ use crate::relay::userspace::{Door, Stop, Userspace};
 use crate::relay::{Client, Spare, Worker};
 use crate::ring::Sock;
 use crate::session::Session;
-use crate::sys::socket;
 use crate::upstream::connect::connect;
 use crate::watch::Watch;
 use crate::worker::Snapshot;
@@ -83,7 +82,6 @@ fn begin(accepted: Accepted, worker: Rc<Worker>) -> (Box<Client>, About) {
     let peer = Peer::new(peer, snapshot.config.log.client_address);
     let sock = Sock::new(client, Tally::default());
     let tally = worker.sockets.accepted(listener.address);
-    let _ = socket::set_nodelay(sock.fd());
     let identity = worker.sockets.live.enter(peer, listener, &sock);
     let about = About { identity: identity.clone(), tally, turn, snapshot, worker: worker.clone() };
     (Box::new(Client::new(sock, watch, worker, share, identity)), about)

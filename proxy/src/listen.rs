@@ -4,6 +4,7 @@
 use crate::config::Listener;
 use crate::observe::maps::Maps;
 use crate::observe::sockets::label_listener;
+use crate::sys::socket::set_nodelay;
 use crate::worker::Bound;
 use socket2::{Domain, Protocol, Socket, Type};
 use std::io;
@@ -85,6 +86,8 @@ fn refuse_if_served(address: SocketAddr, v6only: bool) -> Result<(), BindError> 
 fn reuseport(listener: &Listener, v6only: bool, maps: Option<&Maps>) -> Result<OwnedFd, (&'static str, io::Error)> {
     let address = listener.address;
     let socket = socket(address, v6only)?;
+    // Its children inherit it.
+    set_nodelay(socket.as_fd()).map_err(|e| ("setsockopt(TCP_NODELAY)", e))?;
     socket.set_reuse_port(true).map_err(|e| ("setsockopt(SO_REUSEPORT)", e))?;
     socket.bind(&address.into()).map_err(|e| ("bind", e))?;
     if let Some(maps) = maps {

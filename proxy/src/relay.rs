@@ -36,10 +36,12 @@ use std::time::Duration;
 
 /// Bytes that one direction moves before the other connections of the worker have their turn.
 pub const TURN_BYTES: usize = 1 << 20;
-/// Bytes read at once when copying, and so what a stalled reader can make one direction hold.
+/// Bytes read of an upstream at once when copying, and so what a stalled client can make its direction hold.
 pub const COPY_BYTES: usize = COPY_RECORDS * PLAIN_BYTES;
 /// The same, in full records.
 pub const COPY_RECORDS: usize = 8;
+/// The same of a client, for a stalled upstream: an upload gains a sixth by twice as much, a download nothing.
+pub const RECEIVE_BYTES: usize = 2 * COPY_BYTES;
 /// How long the other direction may be silent once one has ended without hope of more: a client that is gone without
 /// a close_notify, an upstream that has said all. A clean half-close of the client has `idle_timeout`, as it waits
 /// for an answer.
@@ -89,7 +91,7 @@ impl Scratch {
         let buffer = |bytes: usize| vec![0; bytes].into_boxed_slice();
         Self {
             // A large read behind what is left of a record.
-            received: buffer(COPY_BYTES + WIRE_BYTES),
+            received: buffer(RECEIVE_BYTES + WIRE_BYTES),
             sealed: buffer(COPY_RECORDS * (PLAIN_BYTES + OVERHEAD_BYTES)),
             pieces: Vec::with_capacity(VECTORS),
         }
@@ -258,7 +260,7 @@ impl Spare {
 fn send(to: &mut Sock, bytes: &[u8]) -> io::Result<usize> {
     let mut at = 0;
     while at < bytes.len() {
-        match socket::send(to.fd(), &bytes[at..]) {
+        match socket::send(to.fd(), &bytes[at..], to.follow) {
             Ok(n) => {
                 to.sent(n);
                 at += n;
@@ -346,7 +348,7 @@ impl Client {
         if want.client_write {
             self.sock.arm_write();
         }
-        if want.client_reset {
+        if want.client_reset && self.watch.has_ticked() {
             self.sock.arm_reset();
         }
         let mut ready = self.sock.take_up(cx);

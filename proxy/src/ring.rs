@@ -8,7 +8,7 @@
 use crate::observe::sockets::Tally;
 use crate::send_room::{Room, SendMemory};
 use crate::sys::pipe::Pipe;
-use crate::sys::socket::{poll_now, watch_writable};
+use crate::sys::socket::{Follow, Half, poll_now, shutdown, watch_writable};
 use io_uring::squeue::Flags;
 use io_uring::types::{CancelBuilder, Fd};
 use io_uring::{cqueue, opcode};
@@ -54,6 +54,10 @@ pub struct Sock {
     pub readable: bool,
     /// A write may take something. Cleared by whoever saw EAGAIN.
     pub writable: bool,
+    /// Behind what is sent from now on.
+    pub follow: Follow,
+    /// The FIN is out, or behind what is queued.
+    is_finished: bool,
     /// A client's: where more room in the send queue comes from, and what it has of it.
     room: Option<Box<Room>>,
     /// Counts an upstream's bytes where the kernel does not.
@@ -82,6 +86,8 @@ impl Sock {
             watches_reset: false,
             readable: true,
             writable: true,
+            follow: Follow::Unknown,
+            is_finished: false,
             room: None,
             tally,
         }
@@ -114,6 +120,14 @@ impl Sock {
     /// The descriptor for as long as the socket is open, for those who look on.
     pub fn watched(&self) -> Weak<OwnedFd> {
         Rc::downgrade(&self.fd)
+    }
+
+    /// Sends the FIN behind everything, once.
+    pub fn finish(&mut self) {
+        if !std::mem::replace(&mut self.is_finished, true) {
+            // A peer that is gone has no need of it.
+            let _ = shutdown(self.fd(), Half::Write);
+        }
     }
 
     /// To be told by whoever has read from an upstream.

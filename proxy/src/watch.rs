@@ -20,12 +20,21 @@ pub enum Verdict {
     Cut,
 }
 
+/// What a connection knows of the clock's next tick.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Tick {
+    Unasked,
+    Asked,
+    Come,
+}
+
 /// One connection's deadline.
 pub struct Watch {
     clock: Rc<Clock>,
     deadline_ms: Cell<u64>,
     allowance_ms: Cell<u64>,
     verdict: Cell<Option<Verdict>>,
+    tick: Cell<Tick>,
     waker: RefCell<Option<Waker>>,
     /// Where the clock keeps it.
     slot: Cell<u32>,
@@ -55,6 +64,15 @@ impl Watch {
         self.verdict.get()
     }
 
+    /// Whether the clock has ticked since this was first asked; the tick wakes who has asked. For what is not worth its
+    /// cost to a wait that is over soon.
+    pub fn has_ticked(&self) -> bool {
+        if self.tick.get() == Tick::Unasked {
+            self.tick.set(Tick::Asked);
+        }
+        self.tick.get() == Tick::Come
+    }
+
     /// The process drains: who waits for something new to begin need not.
     pub fn is_draining(&self) -> bool {
         self.clock.draining.get()
@@ -77,6 +95,10 @@ impl Watch {
 
     fn pronounce(&self, verdict: Verdict) {
         self.verdict.set(Some(verdict));
+        self.wake();
+    }
+
+    fn wake(&self) {
         if let Some(waker) = self.waker.borrow_mut().take() {
             waker.wake();
         }
@@ -120,6 +142,7 @@ impl Clock {
             clock: self.clone(),
             deadline_ms: Cell::new(0),
             allowance_ms: Cell::new(0),
+            tick: Cell::new(Tick::Unasked),
             verdict: Cell::new(self.cut.get().then_some(Verdict::Cut)),
             waker: RefCell::default(),
             slot: Cell::new(0),
@@ -153,13 +176,17 @@ impl Clock {
             if watch.verdict.get().is_none() && watch.deadline_ms.get() <= now {
                 watch.pronounce(Verdict::TimedOut);
             }
+            if watch.tick.get() == Tick::Asked {
+                watch.tick.set(Tick::Come);
+                watch.wake();
+            }
         });
     }
 
     /// Tells every connection that the process drains.
     pub fn drain(&self) {
         self.draining.set(true);
-        self.each(|watch| watch.waker.borrow_mut().take().into_iter().for_each(Waker::wake));
+        self.each(Watch::wake);
     }
 
     /// Ends every connection, those to come included.

@@ -9,9 +9,9 @@ use crate::offload::{Offloaded, through_the_door};
 use crate::relay::flow::Flow;
 use crate::relay::kernel_tls::KernelTls;
 use crate::relay::user_tls::{Received, Sealed, Then, UserTls};
-use crate::relay::{COPY_BYTES, COPY_RECORDS, Client, ClientEnd, Ended, Scratch, Spare, UpstreamEnd, Want};
+use crate::relay::{COPY_RECORDS, Client, ClientEnd, Ended, RECEIVE_BYTES, Scratch, Spare, UpstreamEnd, Want};
 use crate::ring::Sock;
-use crate::sys::socket::{self, Half};
+use crate::sys::socket;
 use crate::watch::Verdict;
 use std::task::{Context, Poll};
 
@@ -99,7 +99,7 @@ impl Downstream {
         if !self.is_readable() {
             return Ok(None);
         }
-        let max = max.min(COPY_BYTES);
+        let max = max.min(RECEIVE_BYTES);
         let received = match self {
             Self::User(tls) => return tls.receive(scratch, max, exact),
             Self::Kernel(behind) => {
@@ -237,7 +237,7 @@ impl Downstream {
             }
             Self::Kernel(behind) => match behind.tls.send_close_notify() {
                 Ok(true) => {
-                    let _ = socket::shutdown(behind.tls.client.sock.fd(), Half::Write);
+                    behind.tls.client.sock.finish();
                     Ok(true)
                 }
                 Ok(false) => Ok(false),

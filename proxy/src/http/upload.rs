@@ -12,7 +12,7 @@ use super::refusal::Refusal;
 use crate::observe::counters::End;
 use crate::protect::PLAIN_BYTES;
 use crate::relay::flow::Drained;
-use crate::relay::{COPY_BYTES, Ended, Scratch, TURN_BYTES, Turn};
+use crate::relay::{Ended, RECEIVE_BYTES, Scratch, TURN_BYTES, Turn};
 use std::task::{Context, Poll};
 
 impl Exchange {
@@ -89,7 +89,7 @@ impl Exchange {
             self.near.note(received.then).map_err(Outcome::Ended)?;
             return Ok(Poll::Ready(received.bytes));
         }
-        let Some(received) = self.near.receive(scratch, COPY_BYTES).map_err(Outcome::Ended)? else {
+        let Some(received) = self.near.receive(scratch, RECEIVE_BYTES).map_err(Outcome::Ended)? else {
             return Ok(Poll::Ready(0));
         };
         self.take_pieces(scratch)?;

@@ -12,7 +12,6 @@ use super::{HALF_OPEN_TIMEOUT, NO_REKEY_QUIET, TURN_BYTES};
 use crate::observe::counters::End;
 use crate::protect::PLAIN_BYTES;
 use crate::ring::Sock;
-use crate::sys::socket::{self, Half};
 use crate::watch::Verdict;
 use std::future::Future;
 use std::pin::Pin;
@@ -122,7 +121,7 @@ impl Kernel {
                 return Ok(Turn::Wait);
             }
             if self.up == Up::Closing {
-                let _ = socket::shutdown(self.upstream.fd(), Half::Write);
+                self.upstream.finish();
                 self.up = Up::Finished;
             }
             if self.up != Up::Open || !self.tls.client.sock.readable && !self.up_flow.is_in_flight() {
@@ -240,7 +239,7 @@ impl Kernel {
         self.down_flow.rest();
         match self.tls.send_close_notify() {
             Ok(true) => {
-                let _ = socket::shutdown(self.tls.client.sock.fd(), Half::Write);
+                self.tls.client.sock.finish();
                 self.down = Down::Finished;
                 self.tls.client.watch.allow_at_most(HALF_OPEN_TIMEOUT);
             }

@@ -7,12 +7,12 @@
 //! record that is not complete. This module knows no upstream, only a socket that it may read plaintext from.
 
 use super::record::{self, Fatal, Head, Storm, alert};
-use super::{COPY_BYTES, COPY_RECORDS, Client, ClientEnd, Ended, Scratch, Spare, UpstreamEnd};
+use super::{COPY_BYTES, COPY_RECORDS, Client, ClientEnd, Ended, RECEIVE_BYTES, Scratch, Spare, UpstreamEnd};
 use crate::observe::counters::End;
 use crate::protect::{self, OVERHEAD_BYTES, OpenError, PLAIN_BYTES, WIRE_BYTES};
 use crate::ring::Sock;
 use crate::sys::ktls::{Direction, content_type};
-use crate::sys::socket;
+use crate::sys::socket::{self, Follow};
 use std::io::IoSliceMut;
 use std::ops::Range;
 
@@ -114,7 +114,7 @@ impl UserTls {
             self.leftover.clear();
             return Ok(Some(self.open(scratch, kept)));
         }
-        let max = if exact { protect::missing_bytes(&self.leftover) } else { max.min(COPY_BYTES) };
+        let max = if exact { protect::missing_bytes(&self.leftover) } else { max.min(RECEIVE_BYTES) };
         match socket::recv(self.client.sock.fd(), &mut scratch.received[kept..kept + max]) {
             Ok(0) => Ok(Some(Received { bytes: 0, then: Then::Truncated })),
             Ok(n) => {
@@ -245,7 +245,9 @@ impl UserTls {
         self.to_client.push(&slot[..len]);
     }
 
+    /// The FIN is to follow it at once, and may be in the same segment.
     pub fn queue_close_notify(&mut self) {
+        self.client.sock.follow = Follow::Fin;
         self.queue(content_type::ALERT, &alert::CLOSE_NOTIFY);
     }
 

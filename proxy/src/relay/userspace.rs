@@ -7,12 +7,11 @@
 //! connection is to go through the door, reads become exact, so that the client's stream stands at the boundary of a record.
 
 use super::user_tls::{Received, Sealed, Then, UserTls};
-use super::{COPY_BYTES, COPY_RECORDS, HALF_OPEN_TIMEOUT};
-use super::{Down, Ended, Scratch, Spare, TURN_BYTES, Turn, Up, Want, hand_on, over, timed_out};
+use super::{COPY_RECORDS, HALF_OPEN_TIMEOUT};
+use super::{Down, Ended, RECEIVE_BYTES, Scratch, Spare, TURN_BYTES, Turn, Up, Want, hand_on, over, timed_out};
 use crate::observe::counters::End;
 use crate::protect::PLAIN_BYTES;
 use crate::ring::Sock;
-use crate::sys::socket::{self, Half};
 use std::future::Future;
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
@@ -121,8 +120,7 @@ impl Userspace {
                 return Ok(Turn::Wait);
             }
             if self.up == Up::Closing {
-                // An upstream that is gone already has no need of our FIN.
-                let _ = socket::shutdown(self.upstream.fd(), Half::Write);
+                self.upstream.finish();
                 self.up = Up::Finished;
                 return Ok(Turn::Wait);
             }
@@ -130,7 +128,7 @@ impl Userspace {
                 return Ok(Turn::Wait);
             }
             let exact = self.wants_door();
-            let Some(received) = self.tls.receive(scratch, COPY_BYTES, exact)? else { return Ok(Turn::Wait) };
+            let Some(received) = self.tls.receive(scratch, RECEIVE_BYTES, exact)? else { return Ok(Turn::Wait) };
             self.take(scratch, received)?;
             budget = budget.saturating_sub(received.bytes.max(PLAIN_BYTES / 16));
             if budget == 0 {
@@ -201,7 +199,7 @@ impl Userspace {
                     continue;
                 }
                 Down::Notified => {
-                    let _ = socket::shutdown(self.tls.client.sock.fd(), Half::Write);
+                    self.tls.client.sock.finish();
                     self.down = Down::Finished;
                     self.tls.client.watch.allow_at_most(HALF_OPEN_TIMEOUT);
                     return Ok(Turn::Wait);

@@ -58,17 +58,30 @@ pub fn recv(socket: BorrowedFd<'_>, into: &mut [u8]) -> io::Result<usize> {
     cvt(n)
 }
 
+/// What comes behind the bytes of a send.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Follow {
+    /// Nobody knows.
+    Unknown,
+    /// shutdown(2), at once: what does not fill a segment waits for the FIN and goes with it (MSG_MORE).
+    Fin,
+}
+
 /// send(2) without waiting and without SIGPIPE. May take less than all.
-pub fn send(socket: BorrowedFd<'_>, bytes: &[u8]) -> io::Result<usize> {
-    // SAFETY: the kernel reads `bytes.len()` bytes of `bytes`, which is borrowed for the call.
-    let n = unsafe {
-        libc::send(socket.as_raw_fd(), bytes.as_ptr().cast(), bytes.len(), libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL)
+pub fn send(socket: BorrowedFd<'_>, bytes: &[u8], follow: Follow) -> io::Result<usize> {
+    let more = match follow {
+        Follow::Unknown => 0,
+        Follow::Fin => libc::MSG_MORE,
     };
+    let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL | more;
+    // SAFETY: the kernel reads `bytes.len()` bytes of `bytes`, which is borrowed for the call.
+    let n = unsafe { libc::send(socket.as_raw_fd(), bytes.as_ptr().cast(), bytes.len(), flags) };
     cvt(n)
 }
 
-/// Buffers of one vectored call: eight records of a large read, or twice as many of a mixed one.
-pub const VECTORS: usize = 16;
+/// Buffers of one vectored call: a large read is sixteen full records, the end of one before them and the begin of one
+/// behind.
+pub const VECTORS: usize = 18;
 
 /// recvmsg(2) without waiting, into at most `VECTORS` buffers in turn.
 pub fn recv_vectored(socket: BorrowedFd<'_>, into: &mut [IoSliceMut<'_>]) -> io::Result<usize> {

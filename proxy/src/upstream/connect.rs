@@ -95,6 +95,8 @@ async fn one(server: &ServerAddress, watch: &Watch, label: impl Fn(BorrowedFd<'_
     let result = match socket::take_error(sock.fd()) {
         Ok(None) if in_time => {
             sock.tally = peer.opened();
+            // Hardly any server has spoken already.
+            sock.readable = false;
             return Ok(sock);
         }
         Ok(None) => Err(io::ErrorKind::TimedOut.into()),
