@@ -101,6 +101,7 @@ impl Room {
             return false;
         }
         if let Some(upstream) = self.upstream.upgrade() {
+            let _ = socket::open_receive_window(upstream.as_fd(), WIDE_BYTES);
             let _ = socket::set_receive_autotuning(upstream.as_fd(), true);
         }
         memory.taken_bytes.set(taken);

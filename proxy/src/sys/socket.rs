@@ -207,6 +207,21 @@ pub fn set_receive_autotuning(socket: BorrowedFd<'_>, on: bool) -> io::Result<()
     set_int(socket, libc::SOL_SOCKET, SO_BUF_LOCK, if on { 0 } else { SOCK_RCVBUF_LOCK })
 }
 
+/// Lets the receive buffer begin to grow at this many bytes, if it is smaller, as far as net.core.rmem_max allows.
+///
+/// While it was locked the kernel went on to measure, and it grows a buffer only when a round trip brings more than any
+/// before (tcp_rcv_space_adjust in net/ipv4/tcp_input.c): more than the locked window never comes. So the window is
+/// pushed open once. The buffer stays locked; see `set_receive_autotuning`.
+pub fn open_receive_window(socket: BorrowedFd<'_>, bytes: usize) -> io::Result<()> {
+    let wanted = i32::try_from(bytes).unwrap_or(i32::MAX);
+    // The kernel doubles what is asked for, for its own structures, and tells the double.
+    if get_int(socket, libc::SOL_SOCKET, libc::SO_RCVBUF)? >= wanted {
+        return Ok(());
+    }
+    set_int(socket, libc::SOL_SOCKET, libc::SO_RCVBUF, wanted)?;
+    set_int(socket, libc::IPPROTO_TCP, libc::TCP_WINDOW_CLAMP, wanted)
+}
+
 pub fn set_nodelay(socket: BorrowedFd<'_>) -> io::Result<()> {
     set_int(socket, libc::IPPROTO_TCP, libc::TCP_NODELAY, 1)
 }
