@@ -40,6 +40,9 @@ pub fn obtain() -> Result<PathBuf> {
     let built = cache::folder("tools")?.join("ebpf-build");
     let mut build = Command::new(cargo());
     build.args(["build", "--release", "-Zbuild-std=core", "--target", TARGET, "--package", "tlsplice-ebpf"]);
+    // bpf-linker links it as a whole by itself. How the host's programs are linked shall not change what every kernel's
+    // verifier has passed.
+    build.env("CARGO_PROFILE_RELEASE_LTO", "false").env("CARGO_PROFILE_RELEASE_CODEGEN_UNITS", "16");
     build.args(["--bin", "tlsplice-ebpf", "--features", "program", "--target-dir"]).arg(&built);
     build.current_dir(workspace()).env_remove("CARGO_ENCODED_RUSTFLAGS").env_remove("CARGO_TARGET_DIR");
     build.env("RUSTFLAGS", format!("-Cdebuginfo=2 -Clinker={} -Clink-arg=--btf", linker.display()));
