@@ -89,8 +89,13 @@ impl Guest {
 
     /// The last that the kernel said.
     pub fn console_tail(&self) -> Result<String> {
+        Ok(process::tail(&self.console()?))
+    }
+
+    /// All that the kernel of the last run said.
+    pub fn console(&self) -> Result<String> {
         let bytes = std::fs::read(&self.console).with_context(|| format!("read {}", self.console.display()))?;
-        Ok(process::tail(&String::from_utf8_lossy(&bytes)))
+        Ok(String::from_utf8_lossy(&bytes).into_owned())
     }
 }
 
