@@ -36,11 +36,12 @@ use std::time::Duration;
 
 /// Bytes that one direction moves before the other connections of the worker have their turn.
 pub const TURN_BYTES: usize = 1 << 20;
-/// Bytes read of an upstream at once when copying, and so what a stalled client can make its direction hold.
+/// Bytes read at once when copying, and so what a stalled reader can make one direction hold.
 pub const COPY_BYTES: usize = COPY_RECORDS * PLAIN_BYTES;
-/// The same, in full records.
+/// `COPY_BYTES` in full records.
 pub const COPY_RECORDS: usize = 8;
-/// The same of a client, for a stalled upstream: an upload gains a sixth by twice as much, a download nothing.
+/// Bytes read of a client at once where userspace opens its records or its requests, and so what a stalled upstream can
+/// make that direction hold: an upload gains a sixth by twice `COPY_BYTES`, a download nothing.
 pub const RECEIVE_BYTES: usize = 2 * COPY_BYTES;
 /// How long the other direction may be silent once one has ended without hope of more: a client that is gone without
 /// a close_notify, an upstream that has said all. A clean half-close of the client has `idle_timeout`, as it waits

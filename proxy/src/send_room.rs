@@ -69,14 +69,14 @@ impl Room {
         let packet = socket::tcp_info(client.as_fd()).map_or(0, |info| info.path_mtu_bytes as usize);
         let own_bytes = OWN_BYTES.max(packet * OWN_PACKETS);
         let _ = socket::set_unsent_limit(client.as_fd(), own_bytes);
-        let _ = socket::set_receive_autotuning(upstream.as_fd(), false);
+        let _ = socket::lock_receive_buffer(upstream.as_fd());
         Self { memory, own_bytes, upstream: Rc::downgrade(upstream), wide: None }
     }
 
     /// Goes on with another upstream.
     pub fn follow(&mut self, upstream: &Rc<OwnedFd>) {
         if !self.is_wide() {
-            let _ = socket::set_receive_autotuning(upstream.as_fd(), false);
+            let _ = socket::lock_receive_buffer(upstream.as_fd());
         }
         self.upstream = Rc::downgrade(upstream);
     }
@@ -101,8 +101,7 @@ impl Room {
             return false;
         }
         if let Some(upstream) = self.upstream.upgrade() {
-            let _ = socket::open_receive_window(upstream.as_fd(), WIDE_BYTES);
-            let _ = socket::set_receive_autotuning(upstream.as_fd(), true);
+            let _ = socket::unlock_receive_buffer(upstream.as_fd(), WIDE_BYTES);
         }
         memory.taken_bytes.set(taken);
         let (client, upstream) = (Rc::downgrade(client), self.upstream.clone());
@@ -121,7 +120,7 @@ impl Wide {
         let short = socket::unsent(client.as_fd()).is_ok_and(|bytes| bytes < self.own_bytes);
         if short && socket::set_unsent_limit(client.as_fd(), self.own_bytes).is_ok() {
             if let Some(upstream) = self.upstream.upgrade() {
-                let _ = socket::set_receive_autotuning(upstream.as_fd(), false);
+                let _ = socket::lock_receive_buffer(upstream.as_fd());
             }
             self.give_back();
         }

@@ -79,8 +79,7 @@ pub fn send(socket: BorrowedFd<'_>, bytes: &[u8], follow: Follow) -> io::Result<
     cvt(n)
 }
 
-/// Buffers of one vectored call: a large read is sixteen full records, the end of one before them and the begin of one
-/// behind.
+/// Buffers of one vectored call: the seventeen full records that a large read completes at most, and one.
 pub const VECTORS: usize = 18;
 
 /// recvmsg(2) without waiting, into at most `VECTORS` buffers in turn.
@@ -200,26 +199,29 @@ pub fn set_unsent_limit(socket: BorrowedFd<'_>, bytes: usize) -> io::Result<()> 
     set_int(socket, libc::IPPROTO_TCP, libc::TCP_NOTSENT_LOWAT, i32::try_from(bytes).unwrap_or(i32::MAX))
 }
 
-/// Whether the kernel adapts the receive buffer to what is read (SO_BUF_LOCK, Linux 5.14); without, it stays as it is.
-pub fn set_receive_autotuning(socket: BorrowedFd<'_>, on: bool) -> io::Result<()> {
-    const SO_BUF_LOCK: i32 = 72;
+const SO_BUF_LOCK: i32 = 72;
+
+/// Keeps the receive buffer at its size, whatever is read (SO_BUF_LOCK, Linux 5.14).
+pub fn lock_receive_buffer(socket: BorrowedFd<'_>) -> io::Result<()> {
     const SOCK_RCVBUF_LOCK: i32 = 2;
-    set_int(socket, libc::SOL_SOCKET, SO_BUF_LOCK, if on { 0 } else { SOCK_RCVBUF_LOCK })
+    set_int(socket, libc::SOL_SOCKET, SO_BUF_LOCK, SOCK_RCVBUF_LOCK)
 }
 
-/// Lets the receive buffer begin to grow at this many bytes, if it is smaller, as far as net.core.rmem_max allows.
+/// Lets the kernel adapt the receive buffer to what is read again, from at least this many bytes on, as far as
+/// net.core.rmem_max allows.
 ///
 /// While it was locked the kernel went on to measure, and it grows a buffer only when a round trip brings more than any
-/// before (tcp_rcv_space_adjust in net/ipv4/tcp_input.c): more than the locked window never comes. So the window is
-/// pushed open once. The buffer stays locked; see `set_receive_autotuning`.
-pub fn open_receive_window(socket: BorrowedFd<'_>, bytes: usize) -> io::Result<()> {
+/// before (tcp_rcv_space_adjust in net/ipv4/tcp_input.c): more than the locked window never comes. So unlocking pushes
+/// the window open, once.
+pub fn unlock_receive_buffer(socket: BorrowedFd<'_>, bytes: usize) -> io::Result<()> {
     let wanted = i32::try_from(bytes).unwrap_or(i32::MAX);
     // The kernel doubles what is asked for, for its own structures, and tells the double.
-    if get_int(socket, libc::SOL_SOCKET, libc::SO_RCVBUF)? >= wanted {
-        return Ok(());
+    if get_int(socket, libc::SOL_SOCKET, libc::SO_RCVBUF)? < wanted {
+        set_int(socket, libc::SOL_SOCKET, libc::SO_RCVBUF, wanted)?;
+        // A unix socket has no window.
+        let _ = set_int(socket, libc::IPPROTO_TCP, libc::TCP_WINDOW_CLAMP, wanted);
     }
-    set_int(socket, libc::SOL_SOCKET, libc::SO_RCVBUF, wanted)?;
-    set_int(socket, libc::IPPROTO_TCP, libc::TCP_WINDOW_CLAMP, wanted)
+    set_int(socket, libc::SOL_SOCKET, SO_BUF_LOCK, 0)
 }
 
 pub fn set_nodelay(socket: BorrowedFd<'_>) -> io::Result<()> {
