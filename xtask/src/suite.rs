@@ -120,7 +120,7 @@ pub struct Report {
     pub offloaded: u64,
     pub spliced_bytes: u64,
     pub failures: Vec<String>,
-    /// Tests that failed and were run once more, with the reason; one that failed again is a failure too.
+    /// What failed and was run once more, with the reason: tests, or a whole guest. One that failed again is a failure too.
     pub again: Vec<String>,
     /// Why the run as a whole is worth nothing.
     pub problem: Option<String>,

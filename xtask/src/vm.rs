@@ -94,8 +94,11 @@ pub fn tests(
     progress::note(&format!("[{}] starting {}", kernel.series, kernel.version()?));
     let mut listener = Listener::new(&kernel.series, arguments)?;
     let mut ended = guest.run(|line| listener.take(line))?;
+    let mut again = None;
     if ended == GuestEnded::Panicked && guest.console()?.contains(TRAP_OF_NOBODY) {
-        progress::note(&format!("[{}] its kernel panicked at code that it was patching; once more", kernel.series));
+        let why = "the guest: its kernel panicked at code that it was patching";
+        progress::note(&format!("[{}] {why}; once more. It said at last:\n{}", kernel.series, guest.console_tail()?));
+        again = Some(why.to_owned());
         listener = Listener::new(&kernel.series, arguments)?;
         ended = guest.run(|line| listener.take(line))?;
     }
@@ -103,7 +106,9 @@ pub fn tests(
         GuestEnded::Exited(status) => Exit::Status(status),
         other => Exit::Trouble(explain(other, size, &guest)?),
     };
-    Ok(listener.finish(&exit))
+    let mut report = listener.finish(&exit);
+    report.again.extend(again);
+    Ok(report)
 }
 
 /// Any command, on each kernel in turn; the first exit status that is not 0.
