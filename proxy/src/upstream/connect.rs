@@ -91,7 +91,8 @@ async fn one(server: &ServerAddress, watch: &Watch, label: impl Fn(BorrowedFd<'_
     }
     let mut sock = Sock::new(socket.into(), Tally::default());
     sock.writable = false;
-    let in_time = writable(&mut sock, watch).await;
+    // A worker with much to do hears of it late: what stands by now is used, and only the drain's end cuts it.
+    let in_time = writable(&mut sock, watch).await || watch.verdict() != Some(Verdict::Cut) && is_connected(&sock);
     let result = match socket::take_error(sock.fd()) {
         Ok(None) if in_time => {
             sock.tally = peer.opened();
@@ -105,4 +106,8 @@ async fn one(server: &ServerAddress, watch: &Watch, label: impl Fn(BorrowedFd<'_
     peer.refused();
     sock.cancel().await;
     result
+}
+
+fn is_connected(sock: &Sock) -> bool {
+    socket::poll_now(sock.fd(), libc::POLLOUT).is_ok_and(|events| events & libc::POLLOUT != 0)
 }
