@@ -13,6 +13,10 @@ use std::path::PathBuf;
 use std::process::{Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
+/// For a hundred handshakes at once and more: a guest that shares its processors with others takes longer for them than an
+/// operator would allow.
+pub const PATIENT_HANDSHAKE: &str = "handshake_timeout = \"60s\"";
+
 /// One `[[listener]]` with an upstream of its own.
 #[derive(Debug, Clone)]
 pub struct Listener {

@@ -1,7 +1,7 @@
 //! The whole test command: unit tests, then one test binary on the host, in user-mode Linux and in every guest.
 //!
 //!   kernels fetched ─┐
-//!   uml built ───────┼─▶ host ─▶ user-mode Linux ─▶ guests, two at a time ─▶ a table, and `N passed, M failed, K skipped`
+//!   uml built ───────┼─▶ host, user-mode Linux, guests: some at a time ─▶ a table, and `N passed, M failed, K skipped`
 //!   cargo build ─────┘
 //!
 //! A run that breaks is a row of the table and a failure, and the others still run.
@@ -22,12 +22,11 @@ use std::sync::Mutex;
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// Seconds that one kernel's run may take: several times what it takes on two cores.
+/// What one run may take: twice what it takes on two processors that run others beside it.
 const RUN_LIMIT: Duration = Duration::from_secs(1800);
-/// The same for a guest, of which there are four: two turns of two.
-const GUEST_LIMIT: Duration = Duration::from_secs(900);
-/// Guests that run at once: each has two virtual processors, and a test does not assert times that this would spoil.
-const GUESTS_AT_ONCE: usize = 2;
+/// Runs at once beyond one for each processor. The host's waits for clocks half of its time, user-mode Linux has one
+/// processor, a guest has two; no test asserts a time that company would spoil.
+const RUNS_BEYOND_PROCESSORS: usize = 1;
 /// Series whose runs have been clean from end to end. The others run and are shown, failures and all, but do not fail
 /// the command: a series comes in here once it has passed, and none leaves.
 const ENFORCED_GUESTS: &[&str] = &[];
@@ -98,18 +97,66 @@ pub fn command(options: &Options) -> Result<i32> {
             return Ok(conclude(&rows));
         }
     };
+    let mut runs: Vec<Run<'_>> = Vec::new();
     if host {
-        rows.push(Row::new("host", on_host(&binaries, &arguments, &work)));
+        runs.push(Run::new("host", true, || on_host(&binaries, &arguments, &work)));
     }
     if in_uml {
-        let report = linux.and_then(|linux| in_user_mode(linux, &binaries, &arguments, &work));
-        rows.push(Row::new("uml", report));
+        runs.push(Run::new("uml", true, || in_user_mode(linux?, &binaries, &arguments, &work)));
     }
+    let mut missing = Vec::new();
     match kernels {
-        Ok(found) => rows.extend(in_guests(found, &binaries, &arguments, &work)),
-        Err(error) => rows.push(Row::new("guests", Err(error))),
+        Ok(found) => {
+            let guest = |kernel: Kernel| {
+                let enforced = ENFORCED_GUESTS.contains(&kernel.series.as_str());
+                let (binaries, arguments, work) = (&binaries, &arguments, &work);
+                Run::new(&kernel.series.clone(), enforced, move || in_guest(&kernel, binaries, arguments, work))
+            };
+            runs.extend(found.kernels.into_iter().map(guest));
+            missing = found.missing;
+        }
+        Err(error) => runs.push(Run::new("guests", true, || Err(error))),
     }
+    rows.extend(some_at_a_time(runs));
+    rows.extend(missing.into_iter().map(|(series, reason)| Row::declared(&series, reason)));
     Ok(conclude(&rows))
+}
+
+/// The tests on one kernel, to be run.
+struct Run<'a> {
+    name: String,
+    /// Its failure is the command's.
+    enforced: bool,
+    perform: Box<dyn FnOnce() -> Result<Report> + Send + 'a>,
+}
+
+impl<'a> Run<'a> {
+    fn new(name: &str, enforced: bool, perform: impl FnOnce() -> Result<Report> + Send + 'a) -> Self {
+        Self { name: name.to_owned(), enforced, perform: Box::new(perform) }
+    }
+}
+
+/// All runs, begun in their order, each on a thread of its own; the rows in that order too.
+fn some_at_a_time(runs: Vec<Run<'_>>) -> Vec<Row> {
+    let processors = thread::available_parallelism().map_or(1, usize::from);
+    let queue = Mutex::new(runs.into_iter().enumerate());
+    let done: Mutex<Vec<(usize, Row)>> = Mutex::default();
+    thread::scope(|scope| {
+        for _ in 0..processors + RUNS_BEYOND_PROCESSORS {
+            scope.spawn(|| {
+                loop {
+                    let next = queue.lock().expect("no holder of this lock panics").next();
+                    let Some((at, run)) = next else { break };
+                    let row = Row::new(&run.name, (run.perform)());
+                    let row = if run.enforced { row } else { row.unenforced() };
+                    done.lock().expect("no holder of this lock panics").push((at, row));
+                }
+            });
+        }
+    });
+    let mut rows = done.into_inner().expect("no holder of this lock panics");
+    rows.sort_by_key(|(at, _)| *at);
+    rows.into_iter().map(|(_, row)| row).collect()
 }
 
 /// What the runs need; each part may be missing on its own.
@@ -219,30 +266,9 @@ fn in_user_mode(linux: PathBuf, binaries: &Binaries, arguments: &[OsString], wor
     Ok(listener.finish(&exit))
 }
 
-/// All guests, a few at a time, each on a thread of its own; the rows in the order of the kernels.
-fn in_guests(found: Found, binaries: &Binaries, arguments: &[OsString], work: &Workplace) -> Vec<Row> {
-    let size = vm::Size { memory_mib: GUEST_MEMORY_MIB, limit: GUEST_LIMIT };
-    let queue = Mutex::new(found.kernels.iter().enumerate());
-    let done: Mutex<Vec<(usize, Row)>> = Mutex::default();
-    let run = |kernel: &Kernel| vm::tests(kernel, binaries, Vec::new(), arguments, &size, work);
-    thread::scope(|scope| {
-        for _ in 0..GUESTS_AT_ONCE {
-            scope.spawn(|| {
-                loop {
-                    let next = queue.lock().expect("no holder of this lock panics").next();
-                    let Some((at, kernel)) = next else { break };
-                    let row = Row::new(&kernel.series, run(kernel));
-                    let enforced = ENFORCED_GUESTS.contains(&kernel.series.as_str());
-                    let row = if enforced { row } else { row.unenforced() };
-                    done.lock().expect("no holder of this lock panics").push((at, row));
-                }
-            });
-        }
-    });
-    let mut rows = done.into_inner().expect("no holder of this lock panics");
-    rows.sort_by_key(|(at, _)| *at);
-    let declared = found.missing.into_iter().map(|(series, reason)| Row::declared(&series, reason));
-    rows.into_iter().map(|(_, row)| row).chain(declared).collect()
+fn in_guest(kernel: &Kernel, binaries: &Binaries, arguments: &[OsString], work: &Workplace) -> Result<Report> {
+    let size = vm::Size { memory_mib: GUEST_MEMORY_MIB, limit: RUN_LIMIT };
+    vm::tests(kernel, binaries, Vec::new(), arguments, &size, work)
 }
 
 /// Variables of the caller's that are meant for the tests.

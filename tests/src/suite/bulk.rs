@@ -5,6 +5,7 @@ use crate::client::{Client, Ended, How};
 use crate::environment::{Environment, Relay};
 use crate::exchange::{self, Close, DOORS, Plan, Setup};
 use crate::pattern::Random;
+use crate::proxy::PATIENT_HANDSHAKE;
 use crate::run::{Context, Test};
 use crate::upstream::{Kind, PeerEnd, REQUEST_BYTES, THREAD_STACK_BYTES, Upstream, exchange as serve};
 use anyhow::{Context as _, Result, ensure};
@@ -99,7 +100,8 @@ fn big_both(ctx: &Context, relay: Relay) -> Result<()> {
 const CONNECTIONS: usize = 500;
 
 fn many_at_once(ctx: &Context, relay: Relay) -> Result<()> {
-    let setup = Setup::exchanging(ctx, relay, &DOORS)?;
+    let upstream = Upstream::serve(&ctx.environment, Kind::V4, serve)?;
+    let setup = Setup::with(ctx, relay, &DOORS, upstream, |s| s.limit(PATIENT_HANDSHAKE))?;
     let mut random = Random::new(500);
     let limit = ctx.environment.scale(18, 15);
     let mut size = || (1_u64 << random.range(0, limit)) + random.range(0, 1_000);

@@ -3,7 +3,7 @@
 use crate::counted::{Kind, Server, Truth, client_config, connect, storm};
 use crate::environment::{Environment, Kernel, Relay};
 use crate::process::free_port;
-use crate::proxy::{Proxy, Settings, loopback};
+use crate::proxy::{PATIENT_HANDSHAKE, Proxy, Settings, loopback};
 use crate::run::{Context, Test};
 use crate::scrape::Metrics;
 use anyhow::{Context as _, Result, bail, ensure};
@@ -200,7 +200,8 @@ fn killed(ctx: &Context) -> Result<()> {
     let pins = Pins::mount(ctx)?;
     let truth = Arc::new(Truth::default());
     let server = Server::start(truth.clone())?;
-    let mut settings = Settings::new(ctx, default_relay(ctx))?.listen(50_000, &server.address.to_string())?;
+    let settings = Settings::new(ctx, default_relay(ctx))?.limit(PATIENT_HANDSHAKE);
+    let mut settings = settings.listen(50_000, &server.address.to_string())?;
     pins.settings(&mut settings);
     let mut proxy = Proxy::start(ctx, settings.clone())?;
     let config = client_config(ctx)?;
