@@ -107,6 +107,11 @@ impl Sock {
         !self.writable
     }
 
+    /// Bytes that are worth having ready for this client; 0: its queue is to become shorter first.
+    pub fn room_bytes(&self) -> usize {
+        self.room.as_ref().map_or(usize::MAX, |room| room.left_bytes(&self.fd))
+    }
+
     /// True when there is more room now than there was.
     pub fn widen(&mut self) -> bool {
         self.room.as_mut().is_some_and(|room| room.widen(&self.fd))

@@ -86,6 +86,17 @@ impl Room {
         self.wide.as_ref().is_some_and(|wide| !wide.over.get())
     }
 
+    /// What the client's queue still takes, or 0 until the kernel calls it writable again, which is below half of its
+    /// limit. One that is empty has no measure: how much goes out at once only the kernel knows.
+    pub fn left_bytes(&self, client: &Rc<OwnedFd>) -> usize {
+        let limit = if self.is_wide() { WIDE_BYTES } else { self.own_bytes };
+        match socket::unsent(client.as_fd()) {
+            Ok(0) | Err(_) => usize::MAX,
+            Ok(unsent) if unsent < limit / 2 => limit - unsent,
+            Ok(_) => 0,
+        }
+    }
+
     /// Lets the queues become longer, and tells whether they did. No: they are already, the client has not read enough
     /// for that, or the budget is used up.
     pub fn widen(&mut self, client: &Rc<OwnedFd>) -> bool {

@@ -152,7 +152,7 @@ impl Downstream {
     /// Something waits for the client to take it.
     pub fn is_blocked(&self) -> bool {
         match self {
-            Self::User(tls) => !tls.to_client.is_empty(),
+            Self::User(tls) => tls.is_blocked(),
             Self::Kernel(behind) => !behind.down.is_empty() || behind.tls.owes_key_update(),
             Self::Plain(plain) => !plain.to_client.is_empty(),
         }

@@ -21,6 +21,8 @@ pub use super::keys::UserKeys;
 /// Plaintext of records shorter than this is moved together, so that one send takes many: longer ones are sent from
 /// where they lie.
 const GATHER_BELOW_BYTES: usize = 2048;
+/// Read of an upstream before the client is known to take more: what its queue does not take is kept, as long as it likes.
+const FIRST_READ_BYTES: usize = 4 * PLAIN_BYTES;
 
 /// See the module.
 pub struct UserTls {
@@ -32,6 +34,10 @@ pub struct UserTls {
     unopened: bool,
     /// Ciphertext for the client that it did not take yet.
     pub to_client: Spare,
+    /// The upstream has much to say: how much the client's queue takes is asked before it is read.
+    flows: bool,
+    /// Nothing is read for the client until its queue is shorter.
+    is_full: bool,
     /// The client has changed its key since the handshake.
     pub rekeyed: bool,
     /// The client has asked for a KeyUpdate of ours.
@@ -70,6 +76,8 @@ pub enum Sealed {
     Eof,
     /// Nothing to read now.
     Nothing,
+    /// Nothing is read until the client has taken some of what it was sent.
+    Full,
     /// The upstream is gone.
     Broken,
 }
@@ -83,6 +91,8 @@ impl UserTls {
             unopened: !leftover.is_empty(),
             leftover,
             to_client: Spare::default(),
+            flows: false,
+            is_full: false,
             rekeyed: false,
             reply_owed: false,
             storm: Storm::default(),
@@ -236,6 +246,27 @@ impl UserTls {
 
     // ---- plaintext to the client
 
+    /// Something waits for the client to take it: what is sealed here, or what is left with the upstream.
+    pub fn is_blocked(&self) -> bool {
+        !self.to_client.is_empty() || (self.is_full && !self.client.sock.writable)
+    }
+
+    /// How much to read for the client: no more than it takes, or a stalled one makes us keep the rest. 0: nothing now.
+    fn appetite(&mut self) -> usize {
+        self.is_full = false;
+        if !self.flows {
+            return FIRST_READ_BYTES;
+        }
+        match self.client.sock.room_bytes() {
+            0 if self.client.sock.is_full() => {
+                self.is_full = true;
+                0
+            }
+            0 => FIRST_READ_BYTES,
+            room => (room / PLAIN_BYTES).clamp(1, COPY_RECORDS) * PLAIN_BYTES,
+        }
+    }
+
     /// Seals a short record of ours behind what the client has not taken yet.
     fn queue(&mut self, kind: u8, body: &[u8]) {
         let mut slot = [0u8; 16 + OVERHEAD_BYTES];
@@ -269,12 +300,15 @@ impl UserTls {
         self.to_client.flush(&mut self.client.sock)
     }
 
-    /// Reads at most `max` bytes of plaintext to where their records will be, seals them there and sends them.
+    /// Reads at most `max` bytes of plaintext, as far as the client takes them, to where their records will be, seals them there and sends them.
     pub fn seal_from(&mut self, upstream: &mut Sock, scratch: &mut Scratch, max: u64) -> Result<Sealed, Ended> {
         let (head, tail) = (self.keys.tx.head_bytes(), self.keys.tx.tail_bytes());
         let slot_bytes = head + PLAIN_BYTES + tail;
         let slots = &mut scratch.sealed[..slot_bytes * COPY_RECORDS];
-        let wanted = usize::try_from(max).unwrap_or(usize::MAX).min(COPY_BYTES);
+        let wanted = match self.appetite() {
+            0 => return Ok(Sealed::Full),
+            appetite => usize::try_from(max).unwrap_or(usize::MAX).min(appetite),
+        };
         let mut left = wanted;
         let mut chunks = slots.chunks_exact_mut(slot_bytes);
         let mut body = || {
@@ -294,6 +328,7 @@ impl UserTls {
         };
         upstream.received(plain);
         upstream.readable = plain == wanted;
+        self.flows = plain >= FIRST_READ_BYTES || (self.flows && plain >= PLAIN_BYTES);
         self.send_slots(scratch, plain)?;
         Ok(Sealed::Bytes(plain))
     }

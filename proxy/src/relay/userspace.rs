@@ -101,12 +101,12 @@ impl Userspace {
     }
 
     fn want(&self) -> Want {
-        let (client, to_client) = (&self.tls.client.sock, &self.tls.to_client);
+        let (client, blocked) = (&self.tls.client.sock, self.tls.is_blocked());
         Want {
             client_read: self.up == Up::Open && self.to_upstream.is_empty() && !client.readable,
             upstream_write: !self.to_upstream.is_empty() && !self.upstream.writable,
-            upstream_read: self.down == Down::Open && to_client.is_empty() && !self.upstream.readable,
-            client_write: !to_client.is_empty() && !client.writable,
+            upstream_read: self.down == Down::Open && !blocked && !self.upstream.readable,
+            client_write: blocked && !client.writable,
             client_reset: self.up != Up::Open && self.down == Down::Open,
         }
     }
@@ -220,7 +220,7 @@ impl Userspace {
             match self.tls.seal_from(&mut self.upstream, scratch, u64::MAX)? {
                 Sealed::Bytes(moved) => budget = budget.saturating_sub(moved),
                 Sealed::Eof => self.down = Down::Closing,
-                Sealed::Nothing => return Ok(Turn::Wait),
+                Sealed::Nothing | Sealed::Full => return Ok(Turn::Wait),
                 Sealed::Broken => {
                     self.down = Down::Broken;
                     return Ok(Turn::Wait);

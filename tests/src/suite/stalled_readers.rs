@@ -27,10 +27,11 @@ pub fn tests(env: &Environment) -> Vec<Test> {
 
 const PIPE_MEMORY_KIB: u64 = 64 << 10;
 /// Of the process: what it has anyway, and for each stalled reader some ciphertext that it could not hand on. In userspace
-/// that is the rest of a turn; past the door the kernel holds it, and copies go through a small buffer.
+/// that is little, as no more is read than the reader takes; past the door the kernel holds it, and copies go through a
+/// small buffer.
 const PROCESS_KIB: u64 = 64 << 10;
 const OFFLOADED_READER_KIB: u64 = 20;
-const USERSPACE_READER_KIB: u64 = 300;
+const USERSPACE_READER_KIB: u64 = 40;
 
 /// An upstream that sends to everyone as fast as they take it, in one thread.
 fn flood(listener: &TcpListener, stop: &AtomicBool, sent: &AtomicU64) -> Result<()> {
