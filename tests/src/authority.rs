@@ -47,14 +47,19 @@ pub struct Issued {
 
 impl Authority {
     pub fn make(folder: &Path) -> Result<Self> {
+        Self::with_key(folder, "rsa:2048")
+    }
+
+    /// One that signs with such a key, as a `Leaf` names it.
+    pub fn with_key(folder: &Path, key: &str) -> Result<Self> {
         fs::create_dir_all(folder)?;
         let at = |name: &str| folder.join(name);
         let (root, intermediate) = (at("root.pem"), at("intermediate.pem"));
         let ca =
             "basicConstraints=critical,CA:TRUE\nkeyUsage=critical,keyCertSign,cRLSign\nsubjectKeyIdentifier=hash\n";
-        request(folder, "root", "rsa:2048", "Test Root")?;
+        request(folder, "root", key, "Test Root")?;
         sign(folder, "root", None, "3650", "-sha256", ca)?;
-        request(folder, "intermediate", "rsa:2048", "Test Intermediate")?;
+        request(folder, "intermediate", key, "Test Intermediate")?;
         sign(folder, "intermediate", Some("root"), "1825", "-sha256", ca)?;
         Ok(Self { folder: folder.to_owned(), root, intermediate })
     }

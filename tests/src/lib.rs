@@ -15,6 +15,7 @@ pub mod counted;
 pub mod environment;
 pub mod exchange;
 pub mod http;
+pub mod nfs;
 pub mod pattern;
 pub mod process;
 pub mod proxy;

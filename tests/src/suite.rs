@@ -20,6 +20,7 @@ pub mod java;
 pub mod kernel_metrics;
 pub mod key_update;
 pub mod limits;
+pub mod network_share;
 pub mod nonces;
 pub mod peers;
 pub mod policy;
@@ -57,6 +58,7 @@ pub fn tests(env: &Environment) -> Vec<Test> {
     tests.extend(policy::tests(env));
     tests.extend(resumption::tests(env));
     tests.extend(certificates::tests(env));
+    tests.extend(network_share::tests(env));
     tests.extend(stapling::tests(env));
     tests.extend(grading::tests(env));
     tests.extend(drain::tests(env));

@@ -8,6 +8,7 @@ mod ci;
 mod demo;
 mod ebpf;
 mod first_process;
+mod fuzz;
 mod image;
 mod insn;
 mod judges;
@@ -46,6 +47,7 @@ enum Task {
     Setup(setup::Options),
     Demo(demo::Options),
     Bench(bench::Options),
+    Fuzz(fuzz::Options),
     Insn(insn::Options),
     Test(test::Options),
     Vm(vm::Options),
@@ -68,6 +70,7 @@ fn perform(task: Task) -> Result<i32> {
         Task::Setup(options) => setup::command(&options),
         Task::Demo(options) => demo::command(&options),
         Task::Bench(options) => bench::command(&options),
+        Task::Fuzz(options) => fuzz::command(&options),
         Task::Insn(options) => insn::command(&options),
         Task::Test(options) => test::command(&options),
         Task::Vm(options) => vm::command(&options),

@@ -111,6 +111,7 @@ const NEEDS: [Need; 29] = [
 
 /// The version that is installed and kept: any later one may ask for a newer compiler.
 const CARGO_DENY: &str = "0.20.2";
+const CARGO_FUZZ: &str = "0.13.2";
 
 /// `cargo xtask setup`.
 pub fn command(options: &Options) -> Result<i32> {
@@ -234,19 +235,30 @@ pub fn rust_source() -> Result<()> {
         .context("rust-src is missing and rustup cannot add it; the eBPF program cannot be built without")
 }
 
-/// cargo-deny, built once and kept: minutes on two cores. A break costs what was not finished, not all.
+/// cargo-deny, which checks licences and sources.
 pub fn cargo_deny() -> Result<PathBuf> {
-    let root = cache::folder("tools")?.join(format!("cargo-deny-{CARGO_DENY}"));
-    let program = root.join("bin/cargo-deny");
+    cargo_tool("cargo-deny", CARGO_DENY, "checks licences and sources")
+}
+
+/// cargo-fuzz, which builds and runs the fuzz targets.
+pub fn cargo_fuzz() -> Result<PathBuf> {
+    cargo_tool("cargo-fuzz", CARGO_FUZZ, "builds and runs the fuzz targets")
+}
+
+/// A tool of cargo's, built once and kept: minutes on two cores. A break costs what was not finished, not all.
+fn cargo_tool(name: &str, version: &str, what: &str) -> Result<PathBuf> {
+    let tools = cache::folder("tools")?;
+    let root = tools.join(format!("{name}-{version}"));
+    let program = root.join("bin").join(name);
     if program.exists() {
         return Ok(program);
     }
-    let _lock = cache::lock("cargo-deny")?;
+    let _lock = cache::lock(name)?;
     if !program.exists() {
-        eprintln!("setup: cargo install cargo-deny {CARGO_DENY} (checks licences and sources; once, some minutes)");
-        let build = cache::folder("tools")?.join("build");
+        eprintln!("setup: cargo install {name} {version} ({what}; once, some minutes)");
+        let build = tools.join(format!("{name}-build"));
         let mut cargo = Command::new(first_process::cargo());
-        cargo.args(["install", "cargo-deny", "--version", CARGO_DENY, "--locked", "--no-track", "--root"]).arg(&root);
+        cargo.args(["install", name, "--version", version, "--locked", "--no-track", "--root"]).arg(&root);
         cargo.arg("--target-dir").arg(&build).current_dir(cache::root()?).env_remove("CARGO_TARGET_DIR");
         process::run(&mut cargo)?;
         cache::remove(&build)?;

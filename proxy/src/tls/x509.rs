@@ -89,7 +89,15 @@ impl Seen {
     /// # Errors
     /// It is no certificate.
     pub fn read(der: &CertificateDer<'_>) -> Result<Self, String> {
-        let (_, certificate) = X509Certificate::from_der(der).map_err(|e| e.to_string())?;
+        let (behind, certificate) = X509Certificate::from_der(der).map_err(|e| e.to_string())?;
+        // It would be sent as it is, and clients end the handshake on it.
+        if !behind.is_empty() {
+            return Err(format!("{} bytes follow the certificate", behind.len()));
+        }
+        // RFC 5280 section 4.1.1.2; the one outside is not signed, and clients hold it against the one inside.
+        if certificate.signature_algorithm != certificate.tbs_certificate.signature {
+            return Err("it names two different algorithms for its one signature".to_owned());
+        }
         let validity = certificate.validity();
         let (names, has_addresses) = names(&certificate);
         let usage = certificate.extended_key_usage().ok().flatten().map(|usage| usage.value);
@@ -193,4 +201,31 @@ fn responder(certificate: &X509Certificate<'_>) -> Option<String> {
             }
         })
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::tls::certificates::testing;
+
+    #[test]
+    fn a_certificate_ends_where_it_ends() {
+        let (certificate, _) = testing::made(&["a.test"], &rcgen::PKCS_ECDSA_P256_SHA256);
+        let mut der = certificate.der().to_vec();
+        assert!(Seen::read(&CertificateDer::from(der.as_slice())).is_ok());
+        der.push(0);
+        let said = Seen::read(&CertificateDer::from(der)).err();
+        assert_eq!(said.as_deref(), Some("1 bytes follow the certificate"));
+    }
+
+    #[test]
+    fn a_certificate_is_signed_by_the_algorithm_that_it_names_within() {
+        const ECDSA_SHA256: &[u8] = &[0x2a, 0x86, 0x48, 0xce, 0x3d, 0x04, 0x03, 0x02];
+        let (certificate, _) = testing::made(&["a.test"], &rcgen::PKCS_ECDSA_P256_SHA256);
+        let mut der = certificate.der().to_vec();
+        let outside = der.windows(ECDSA_SHA256.len()).rposition(|w| w == ECDSA_SHA256).expect("its algorithm");
+        der[outside + ECDSA_SHA256.len() - 1] = 3;
+        let said = Seen::read(&CertificateDer::from(der)).err();
+        assert_eq!(said.as_deref(), Some("it names two different algorithms for its one signature"));
+    }
 }

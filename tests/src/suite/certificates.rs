@@ -13,7 +13,7 @@ use std::fs;
 use std::net::{SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::Relaxed};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -27,12 +27,12 @@ pub fn tests(env: &Environment) -> Vec<Test> {
     vec![load, Test::new(env, "the_last_good_copy_serves_when_the_share_is_gone_at_the_start", last_good)]
 }
 
-const POLL: Duration = Duration::from_millis(100);
+pub(super) const POLL: Duration = Duration::from_millis(100);
 const REPLACEMENTS: usize = 200;
 const HANDSHAKES_PER_SECOND: u32 = 200;
 
 /// A client that trusts the authority and resumes nothing.
-fn client(authority: &Authority) -> Result<Arc<ClientConfig>> {
+pub(super) fn client(authority: &Authority) -> Result<Arc<ClientConfig>> {
     let mut roots = RootCertStore::empty();
     roots.add(CertificateDer::from_pem_file(&authority.root).context("the root")?)?;
     let mut config = ClientConfig::builder_with_provider(Arc::new(rustls::crypto::aws_lc_rs::default_provider()))
@@ -61,7 +61,7 @@ fn handshake(config: &Arc<ClientConfig>, address: SocketAddr) -> Result<Certific
 
 /// Ways in which files come to be replaced.
 #[derive(Debug, Clone, Copy)]
-enum Way {
+pub(super) enum Way {
     /// Each file by a rename.
     Rename,
     /// A link to a folder is swapped.
@@ -76,7 +76,7 @@ enum Way {
 
 const WAYS: [Way; 5] = [Way::Rename, Way::Swap, Way::Halves, Way::BadKey, Way::Vanished];
 
-struct Share {
+pub(super) struct Share {
     /// What the configuration names: a link to a folder.
     link: PathBuf,
     folder: PathBuf,
@@ -84,25 +84,27 @@ struct Share {
 }
 
 impl Share {
-    fn new(folder: PathBuf, first: &Issued) -> Result<Self> {
+    pub(super) fn new(folder: PathBuf, first: &Issued) -> Result<Self> {
         fs::create_dir_all(&folder)?;
         let mut share = Self { link: folder.join("live"), folder, turn: 0 };
         share.swap(first)?;
         Ok(share)
     }
 
-    fn swap(&mut self, to: &Issued) -> Result<()> {
+    pub(super) fn swap(&mut self, to: &Issued) -> Result<()> {
         self.turn += 1;
-        let version = self.folder.join(format!("v{}", self.turn));
+        // Relative, so that it leads to the same place wherever the share is mounted.
+        let name = format!("v{}", self.turn);
+        let version = self.folder.join(&name);
         fs::create_dir(&version)?;
         fs::copy(&to.chain, version.join("chain.pem"))?;
         fs::copy(&to.key, version.join("key.pem"))?;
         let new = self.folder.join("new-link");
-        std::os::unix::fs::symlink(&version, &new)?;
+        std::os::unix::fs::symlink(&name, &new)?;
         let old = fs::read_link(&self.link).ok();
         fs::rename(&new, &self.link)?;
         if let Some(old) = old {
-            fs::remove_dir_all(old)?;
+            fs::remove_dir_all(self.folder.join(old))?;
         }
         Ok(())
     }
@@ -114,7 +116,7 @@ impl Share {
         fs::rename(aside, self.link.join(name)).context("rename")
     }
 
-    fn replace(&mut self, way: Way, to: &Issued) -> Result<()> {
+    pub(super) fn replace(&mut self, way: Way, to: &Issued) -> Result<()> {
         match way {
             Way::Rename => {
                 self.put("chain.pem", &to.chain)?;
@@ -148,61 +150,104 @@ impl Share {
 
 fn under_load(ctx: &Context) -> Result<()> {
     let folder = ctx.environment.tmp.join("replaced");
-    let authority = Authority::make(&folder.join("ca"))?;
-    let leaves: Vec<Issued> = (0..4)
-        .map(|index| authority.issue(&Leaf { file: &format!("leaf{index}"), ..Leaf::default() }))
-        .collect::<Result<_>>()?;
-    let mut share = Share::new(folder.join("share"), &leaves[0])?;
-    let relay = ctx.environment.relays()[0];
-    let upstream = Upstream::serve(&ctx.environment, Kind::V4, |_| Ok(Served { up: 0, down: 0, end: PeerEnd::Fin }))?;
-    let setup = Setup::with(ctx, relay, &[0], upstream, |mut settings| {
-        settings.certificates = vec![share.link.clone()];
-        settings.tls(&format!("poll = \"{}ms\"", POLL.as_millis())).limit("connections = 10000")
-    })?;
-    let (config, address) = (client(&authority)?, setup.proxy.address(0));
-    let (over, shaken) = (AtomicBool::new(false), AtomicU64::new(0));
-    let began = Instant::now();
-    thread::scope(|scope| {
-        let load = scope.spawn(|| {
-            let mut next = Instant::now();
-            while !over.load(Relaxed) {
-                handshake(&config, address).with_context(|| format!("handshake {}", shaken.load(Relaxed)))?;
-                shaken.fetch_add(1, Relaxed);
-                next += Duration::from_secs(1) / HANDSHAKES_PER_SECOND;
-                thread::sleep(next.saturating_duration_since(Instant::now()));
-            }
-            anyhow::Ok(())
-        });
-        let replaced = (0..REPLACEMENTS).try_for_each(|turn| {
-            let to = &leaves[(turn + 1) % leaves.len()];
-            share.replace(WAYS[turn % WAYS.len()], to)?;
-            let wanted = CertificateDer::from_pem_file(&to.leaf).context("the leaf")?;
-            let deadline = Instant::now() + ctx.environment.patience();
-            while handshake(&config, address)? != wanted {
-                ensure!(Instant::now() < deadline, "replacement {turn} is not served: {}", setup.proxy.log_tail());
-                thread::sleep(POLL / 4);
-            }
-            ensure!(!load.is_finished(), "the load has stopped at replacement {turn}");
-            Ok(())
-        });
-        over.store(true, Relaxed);
-        load.join().ok().context("the load panicked")??;
-        replaced
-    })?;
-    let shaken = shaken.load(Relaxed);
-    let rate = shaken as f64 / began.elapsed().as_secs_f64();
+    let load = Load::new(&folder)?;
+    let mut share = Share::new(folder.join("share"), &load.leaves[0])?;
+    let setup = load.serve(ctx, share.link.clone())?;
+    let shaken = load.replaced(ctx, &setup, REPLACEMENTS, |turn, to| share.replace(WAYS[turn % WAYS.len()], to))?;
     let log = setup.proxy.log();
-    let (taken, refused) = (log.matches("certificates: replaced").count(), log.matches("are refused").count());
-    ctx.note(&format!(
-        "{REPLACEMENTS} replacements, {taken} served, {refused} bad ones refused; {shaken} handshakes, {rate:.0}/s, none failed"
-    ));
-    ensure!(taken >= REPLACEMENTS, "only {taken} of {REPLACEMENTS} replacements were served");
+    let refused = log.matches("are refused").count();
+    ctx.note(&format!("{REPLACEMENTS} replacements, {refused} bad ones refused; {shaken}"));
     ensure!(refused > 0, "no bad set was ever seen: the test proves nothing");
+    end(setup)
+}
+
+/// Ends what `Load::serve` began.
+pub(super) fn end(setup: Setup) -> Result<()> {
     let Setup { mut proxy, .. } = setup;
     proxy.settled()?;
     proxy.signal(rustix::process::Signal::TERM)?;
     let status = proxy.wait_exit()?;
     proxy.check_end(status)
+}
+
+/// Certificates of one name that follow each other, and handshakes all the while.
+pub(super) struct Load {
+    authority: Authority,
+    pub(super) leaves: Vec<Issued>,
+}
+
+impl Load {
+    pub(super) fn new(folder: &Path) -> Result<Self> {
+        let authority = Authority::make(&folder.join("ca"))?;
+        let issue = |index| authority.issue(&Leaf { file: &format!("leaf{index}"), ..Leaf::default() });
+        let leaves = (0..4).map(issue).collect::<Result<_>>()?;
+        Ok(Self { authority, leaves })
+    }
+
+    /// A tlsplice that serves what lies there.
+    pub(super) fn serve(&self, ctx: &Context, certificates: PathBuf) -> Result<Setup> {
+        let relay = ctx.environment.relays()[0];
+        let upstream =
+            Upstream::serve(&ctx.environment, Kind::V4, |_| Ok(Served { up: 0, down: 0, end: PeerEnd::Fin }))?;
+        Setup::with(ctx, relay, &[0], upstream, |mut settings| {
+            settings.certificates = vec![certificates];
+            settings.tls(&format!("poll = \"{}ms\"", POLL.as_millis())).limit("connections = 10000")
+        })
+    }
+
+    /// Replaces them so often while handshakes go on, each of which has to see the certificate before or behind the
+    /// replacement that is under way. Says how many handshakes there were.
+    pub(super) fn replaced(
+        &self,
+        ctx: &Context,
+        setup: &Setup,
+        times: usize,
+        mut replace: impl FnMut(usize, &Issued) -> Result<()>,
+    ) -> Result<String> {
+        let (config, address) = (client(&self.authority)?, setup.proxy.address(0));
+        let leaf = |issued: &Issued| CertificateDer::from_pem_file(&issued.leaf).context("the leaf");
+        let leaves: Vec<_> = self.leaves.iter().map(leaf).collect::<Result<_>>()?;
+        let (over, shaken, now) = (AtomicBool::new(false), AtomicU64::new(0), AtomicUsize::new(0));
+        let began = Instant::now();
+        thread::scope(|scope| {
+            let load = scope.spawn(|| {
+                let mut next = Instant::now();
+                while !over.load(Relaxed) {
+                    let before = now.load(Relaxed);
+                    let got =
+                        handshake(&config, address).with_context(|| format!("handshake {}", shaken.load(Relaxed)))?;
+                    let mut allowed = (before..=now.load(Relaxed) + 1).map(|turn| &leaves[turn % leaves.len()]);
+                    ensure!(allowed.any(|leaf| *leaf == got), "a wrong certificate at replacement {before}");
+                    shaken.fetch_add(1, Relaxed);
+                    next += Duration::from_secs(1) / HANDSHAKES_PER_SECOND;
+                    thread::sleep(next.saturating_duration_since(Instant::now()));
+                }
+                Ok(())
+            });
+            let replaced = (0..times).try_for_each(|turn| {
+                now.store(turn, Relaxed);
+                let to = (turn + 1) % leaves.len();
+                replace(turn, &self.leaves[to]).with_context(|| format!("replacement {turn}"))?;
+                // A share whose server has just started lets nobody in for a while.
+                let deadline = Instant::now() + ctx.environment.patience() * 3;
+                while handshake(&config, address)? != leaves[to] {
+                    ensure!(Instant::now() < deadline, "replacement {turn} is not served: {}", setup.proxy.log_tail());
+                    thread::sleep(POLL / 4);
+                }
+                ensure!(!load.is_finished(), "the load has stopped at replacement {turn}");
+                Ok(())
+            });
+            over.store(true, Relaxed);
+            // Why the load stopped says more than that it has.
+            load.join().ok().context("the load panicked")??;
+            replaced
+        })?;
+        let taken = setup.proxy.log().matches("certificates: replaced").count();
+        ensure!(taken >= times, "only {taken} of {times} replacements were served");
+        let shaken = shaken.load(Relaxed);
+        let rate = shaken as f64 / began.elapsed().as_secs_f64();
+        Ok(format!("{shaken} handshakes, {rate:.0}/s, none failed"))
+    }
 }
 
 fn last_good(ctx: &Context) -> Result<()> {
@@ -219,11 +264,7 @@ fn last_good(ctx: &Context) -> Result<()> {
     };
     let end = |setup: Setup| {
         while setup.upstream.accept_now().is_some() {}
-        let Setup { mut proxy, .. } = setup;
-        proxy.settled()?;
-        proxy.signal(rustix::process::Signal::TERM)?;
-        let status = proxy.wait_exit()?;
-        proxy.check_end(status)
+        end(setup)
     };
     end(start()?)?;
     fs::remove_file(&share.link)?;

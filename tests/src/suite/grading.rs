@@ -15,6 +15,7 @@ use std::fs;
 use std::net::{SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
 /// testssl.sh is a shell script, and takes minutes on a busy machine.
@@ -166,18 +167,38 @@ fn judge(variable: &str) -> Result<PathBuf> {
     Ok(PathBuf::from(path))
 }
 
-/// The checks that testssl.sh wants done before it grades, and no more.
-const RATED: [&str; 16] =
-    ["-p", "-s", "-f", "-S", "-h", "-H", "-I", "-T", "--robot", "-R", "-C", "-O", "-Z", "-D", "-A", "-4"];
+/// How much testssl.sh is asked; it is a shell script, and all of it takes minutes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Asked {
+    /// What it wants done before it grades.
+    Grade,
+    /// And the suites one by one, which its scores count.
+    Scores,
+    /// Everything that it has.
+    All,
+}
 
-/// What testssl.sh finds: id, severity and finding of each; without `all`, what it grades by.
-fn testssl(ctx: &Context, address: SocketAddr, root: &Path, all: bool) -> Result<Vec<(String, String, String)>> {
+impl Asked {
+    fn arguments(self) -> &'static [&'static str] {
+        // `-P` counts for the scores alone.
+        const RATED: [&str; 18] = [
+            "-p", "-s", "-f", "-S", "-h", "-H", "-I", "-T", "--robot", "-R", "-C", "-O", "-Z", "-D", "-A", "-4", "-J",
+            "-P",
+        ];
+        match self {
+            Self::Grade => &RATED[..17],
+            Self::Scores => &RATED,
+            Self::All => &[],
+        }
+    }
+}
+
+/// What testssl.sh finds: id, severity and finding of each.
+fn testssl(ctx: &Context, address: SocketAddr, roots: &Path, asked: Asked) -> Result<Vec<(String, String, String)>> {
     let report = ctx.environment.tmp.join(format!("testssl-{}.json", address.port()));
     let mut command = Command::new(judge("TLSPLICE_TESTSSL")?);
-    command.args(["--quiet", "--color", "0", "--warnings", "off", "--ip", "127.0.0.1", "--add-ca"]).arg(root);
-    if !all {
-        command.args(RATED).arg("-J");
-    }
+    command.args(["--quiet", "--color", "0", "--warnings", "off", "--ip", "127.0.0.1", "--add-ca"]).arg(roots);
+    command.args(asked.arguments());
     command.arg("--jsonfile").arg(&report).arg(format!("{}:{}", crate::certificate::NAME, address.port()));
     let output = command.stdin(Stdio::null()).output().context("run testssl.sh")?;
     let text = fs::read_to_string(&report).with_context(|| String::from_utf8_lossy(&output.stdout).into_owned())?;
@@ -194,73 +215,110 @@ struct Case<'a> {
     mode: &'static str,
     policy: &'a str,
     certificates: Vec<&'a Issued>,
+    asked: Asked,
     mozilla: Option<&'a str>,
+}
+
+/// What all cases have in common.
+struct Judges {
+    /// Of both authorities.
+    roots: PathBuf,
+    /// Sends HSTS from its first address, and none from its second.
+    behind: Nginx,
 }
 
 /// tlsplice before an nginx that sends HSTS: what testssl and sslyze say of each policy, and that `grade` agrees.
 fn judged(ctx: &Context) -> Result<()> {
-    let authority = Authority::make(&ctx.environment.tmp.join("judged"))?;
-    let issue = |file, key| authority.issue(&Leaf { file, key, ..Leaf::default() });
-    let (ecdsa, rsa, strong) = (issue("ecdsa", "P-256")?, issue("rsa", "rsa:2048")?, issue("strong", "P-384")?);
+    let folder = ctx.environment.tmp.join("judged");
+    // Mozilla's modern configuration wants ECDSA all the way up; an RSA leaf is for clients that know nothing else.
+    let (by_ecdsa, by_rsa) =
+        (Authority::with_key(&folder.join("ecdsa"), "P-384")?, Authority::make(&folder.join("rsa"))?);
+    let issue = |by: &Authority, file, key| by.issue(&Leaf { file, key, ..Leaf::default() });
+    let (ecdsa, strong) = (issue(&by_ecdsa, "ecdsa", "P-256")?, issue(&by_ecdsa, "strong", "P-384")?);
+    let rsa = issue(&by_rsa, "rsa", "rsa:2048")?;
+    let roots = folder.join("roots.pem");
+    fs::write(&roots, fs::read_to_string(&by_ecdsa.root)? + &fs::read_to_string(&by_rsa.root)?)?;
     // A client that leaves without a close_notify has its upstream until that has nothing more to say.
     const SHORT: &str = "keepalive_timeout 2s; client_header_timeout 2s;";
     let behind = Nginx::start(ctx, "judged-nginx", &[(None, format!("{SHORT} {HSTS}")), (None, SHORT.to_owned())])?;
+    let judges = Judges { roots, behind };
+    let case = |mode, policy, certificates, asked, mozilla| Case { mode, policy, certificates, asked, mozilla };
+    let both = || vec![&ecdsa, &rsa];
+    // The longest first.
     let cases = [
-        Case { mode: "tcp", policy: "labs-100", certificates: vec![&strong], mozilla: None },
-        // sslyze's "modern" wants leaves that ECDSA has signed; this authority's key is RSA.
-        Case { mode: "tcp", policy: "modern", certificates: vec![&ecdsa], mozilla: None },
-        Case { mode: "tcp", policy: "a-plus", certificates: vec![&ecdsa, &rsa], mozilla: Some("intermediate") },
-        Case { mode: "http", policy: "a-plus", certificates: vec![&ecdsa, &rsa], mozilla: None },
-        Case { mode: "http", policy: "a-plus", certificates: vec![&rsa], mozilla: None },
-        Case { mode: "http", policy: "a-plus", certificates: vec![&ecdsa], mozilla: None },
+        case("http", "a-plus", both(), Asked::All, None),
+        case("tcp", "labs-100", vec![&strong], Asked::Scores, None),
+        case("tcp", "a-plus", both(), Asked::Grade, Some("intermediate")),
+        case("http", "a-plus", vec![&rsa], Asked::Grade, None),
+        case("http", "a-plus", vec![&ecdsa], Asked::Grade, None),
+        case("tcp", "modern", vec![&ecdsa], Asked::Grade, Some("modern")),
     ];
-    for Case { mode, policy, certificates, mozilla } in cases {
-        let is_http = mode == "http";
-        let scores = if policy == "labs-100" { ["100"; 3] } else { ["100", "90", "90"] };
+    // A judge does one thing after the other, so two cases take little more time than one.
+    let next = AtomicUsize::new(0);
+    let work = || {
+        std::iter::from_fn(|| cases.get(next.fetch_add(1, Relaxed))).try_for_each(|case| {
+            case.judge(ctx, &judges).with_context(|| format!("{}, mode {}", case.policy, case.mode))
+        })
+    };
+    std::thread::scope(|scope| {
+        let beside = scope.spawn(work);
+        let here = work();
+        beside.join().ok().context("a case panicked")?.and(here)
+    })
+}
+
+impl Case<'_> {
+    fn judge(&self, ctx: &Context, judges: &Judges) -> Result<()> {
+        let Self { mode, policy, certificates, asked, mozilla } = self;
+        let (is_http, roots) = (*mode == "http", &judges.roots);
+        let scores = if *policy == "labs-100" { ["100"; 3] } else { ["100", "90", "90"] };
         let upstream = Upstream::manual(&ctx.environment, Kind::V4)?;
         let setup = Setup::with(ctx, ctx.environment.relays()[0], &[0], upstream, |mut settings| {
             settings.certificates = certificates.iter().flat_map(|one| [one.chain.clone(), one.key.clone()]).collect();
             settings.listeners[0].mode = mode;
             // HSTS is ours in mode http, and the upstream's in mode tcp.
-            settings.listeners[0].server = behind.addresses[usize::from(is_http)].to_string();
+            settings.listeners[0].server = judges.behind.addresses[usize::from(is_http)].to_string();
             settings.tls(&format!("policy = {policy:?}"))
         })?;
         let address = setup.proxy.address(0);
-        let (code, report) = grade(ctx, address, &authority.root)?;
-        ensure!(report["grade"] == "A+" && code == Some(0), "{policy}: {report}");
+        let (code, report) = grade(ctx, address, roots)?;
+        ensure!(report["grade"] == "A+" && code == Some(0), "{report}");
+        let ours = ["protocol_score", "key_exchange_score", "cipher_score"].map(|key| report[key].to_string());
+        ensure!(ours == scores, "grade scores {ours:?}");
         if is_http {
-            let head = head_of(address, &authority.root)?;
+            let head = head_of(address, roots)?;
             ensure!(head.contains("\r\nstrict-transport-security: max-age=63072000"), "curl -I: {head}");
         }
-        // All that testssl.sh has is asked where its scores count; it takes minutes.
-        let all = policy == "labs-100" || is_http && certificates.len() == 2;
-        let found = testssl(ctx, address, &authority.root, all)?;
-        let of = |id: &str| found.iter().find(|(found, _, _)| found == id).map(|(_, _, finding)| finding.as_str());
-        ensure!(of("overall_grade") == Some("A+"), "{policy}: testssl says {:?}", of("overall_grade"));
-        let theirs = ["protocol_support_score", "key_exchange_score", "cipher_strength_score"]
-            .map(|id| of(id).unwrap_or_default());
-        ensure!(!all || theirs == scores, "{policy}: testssl scores {theirs:?}, expected {scores:?}");
-        let ours = ["protocol_score", "key_exchange_score", "cipher_score"].map(|key| report[key].to_string());
-        ensure!(ours == scores, "{policy}: grade scores {ours:?}");
-        // An id may have the certificate's number behind it.
-        let is_of_the_test = |id: &str| id.split(' ').next().is_some_and(|id| NOT_OURS.contains(&id));
-        // WARN: a check of testssl.sh that came to no result, as on a busy machine.
-        let is_bad = |severity: &str| !matches!(severity, "OK" | "INFO" | "LOW" | "WARN");
-        let bad: Vec<_> = found.iter().filter(|(id, severity, _)| is_bad(severity) && !is_of_the_test(id)).collect();
-        ensure!(bad.is_empty(), "{policy}: above LOW: {bad:?}");
+        let found = testssl(ctx, address, roots, *asked)?;
+        let theirs = agrees(&found, scores, *asked)?;
         if let Some(mozilla) = mozilla {
-            sslyze(&authority.root, address, mozilla).with_context(|| policy.to_owned())?;
+            sslyze(roots, address, mozilla)?;
         }
         let keys = certificates.len();
         let sslyze = mozilla.unwrap_or("not asked");
-        ctx.note(&format!("{policy}, mode {mode}, {keys} keys: testssl A+ {}, sslyze {sslyze}", theirs.join("/")));
+        ctx.note(&format!("{policy}, mode {mode}, {keys} keys: testssl A+ {theirs}, sslyze {sslyze}"));
         let Setup { mut proxy, .. } = setup;
         proxy.settled()?;
         proxy.signal(rustix::process::Signal::TERM)?;
         let status = proxy.wait_exit()?;
-        proxy.check_end(status)?;
+        proxy.check_end(status)
     }
-    Ok(())
+}
+
+/// What testssl.sh has found is an A+ with these scores, and nothing above LOW that the server causes. Gives the scores.
+fn agrees(found: &[(String, String, String)], scores: [&str; 3], asked: Asked) -> Result<String> {
+    let of = |id: &str| found.iter().find(|(found, _, _)| found == id).map(|(_, _, finding)| finding.as_str());
+    ensure!(of("overall_grade") == Some("A+"), "testssl says {:?}", of("overall_grade"));
+    let theirs =
+        ["protocol_support_score", "key_exchange_score", "cipher_strength_score"].map(|id| of(id).unwrap_or_default());
+    ensure!(asked == Asked::Grade || theirs == scores, "testssl scores {theirs:?}, expected {scores:?}");
+    // An id may have the certificate's number behind it.
+    let is_of_the_test = |id: &str| id.split(' ').next().is_some_and(|id| NOT_OURS.contains(&id));
+    // WARN: a check of testssl.sh that came to no result, as on a busy machine.
+    let is_bad = |severity: &str| !matches!(severity, "OK" | "INFO" | "LOW" | "WARN");
+    let bad: Vec<_> = found.iter().filter(|(id, severity, _)| is_bad(severity) && !is_of_the_test(id)).collect();
+    ensure!(bad.is_empty(), "above LOW: {bad:?}");
+    Ok(theirs.join("/"))
 }
 
 /// What `curl -I` prints, in lower case.

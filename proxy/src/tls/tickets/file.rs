@@ -159,6 +159,31 @@ impl Epochs {
         if epochs.length == 0 || !starts.is_sorted() {
             return Err("has epochs that are not in order");
         }
+        // Keys are found by what is made of their secret, so one that came twice would hide the later epoch.
+        let [a, b, c] = epochs.epochs.each_ref().map(|epoch| epoch.id);
+        if a == b || b == c || a == c {
+            return Err("has one key for two epochs");
+        }
         Ok(epochs)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn file(change: impl FnOnce(&mut Epochs)) -> Result<Epochs, &'static str> {
+        let mut epochs = Epochs::begin(1_000_000, 1_000).expect("random");
+        change(&mut epochs);
+        Epochs::parse(&epochs.to_bytes())
+    }
+
+    #[test]
+    fn epochs_are_in_order_and_have_keys_of_their_own() {
+        assert!(file(|_| ()).is_ok());
+        assert_eq!(file(|epochs| epochs.length = 0).err(), Some("has epochs that are not in order"));
+        assert_eq!(file(|epochs| epochs.epochs[0].start = u64::MAX).err(), Some("has epochs that are not in order"));
+        let twice = file(|epochs| epochs.epochs[2].secret = epochs.epochs[1].secret);
+        assert_eq!(twice.err(), Some("has one key for two epochs"));
     }
 }
