@@ -93,8 +93,7 @@ pub fn command(options: &Options) -> Result<i32> {
     }
 }
 
-/// Builds these as they are measured; gives the folder.
-pub fn build(programs: &[&str]) -> Result<PathBuf> {
+fn build(programs: &[&str]) -> Result<PathBuf> {
     let mut build = Command::new(cargo());
     build.args(["build", "--release"]).current_dir(workspace());
     for program in programs {

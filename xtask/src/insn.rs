@@ -103,7 +103,7 @@ pub fn command(options: &Options) -> Result<i32> {
             }
         };
         if options.curve {
-            curve(&counts, &kernel.series, options.record)?;
+            curve(&counts, &kernel.series, &built, options.record)?;
             continue;
         }
         counts.show(&kernel.series);
@@ -118,13 +118,13 @@ pub fn command(options: &Options) -> Result<i32> {
 }
 
 /// Keeps the curve of one kernel beside those of others, and shows it.
-fn curve(counts: &Counts, series: &str, record: bool) -> Result<()> {
+fn curve(counts: &Counts, series: &str, built: &Path, record: bool) -> Result<()> {
     let results = workspace().join("bench/results");
     let folder = if record { results } else { crate::bench::results()? };
     let file = folder.join("insn-curve.json");
     counts.keep_curve(&file, series)?;
-    let bench = crate::bench::build(&["tlsplice-bench"])?.join("tlsplice-bench");
-    progress::line(&process::text(Command::new(bench).arg("curve").arg(&file))?);
+    // What runs in the guest runs here too.
+    progress::line(&process::text(Command::new(built.join("tlsplice-bench")).arg("curve").arg(&file))?);
     Ok(())
 }
 
