@@ -293,15 +293,22 @@ impl Session {
         Ok(Counted::new(self.socket, overhead, already))
     }
 
-    /// Says goodbye; whether the server's own end is waited for is up to the caller.
-    pub fn finish(&mut self) -> Result<()> {
+    /// The goodbye as a record, for later.
+    pub fn sealed_goodbye(&mut self) -> Result<Vec<u8>> {
+        let mut record = Vec::new();
         if let Some(tls) = &mut self.tls {
             tls.send_close_notify();
             while tls.wants_write() {
-                tls.write_tls(&mut self.socket).context("send close_notify")?;
+                tls.write_tls(&mut record)?;
             }
         }
-        Ok(())
+        Ok(record)
+    }
+
+    /// Says goodbye; whether the server's own end is waited for is up to the caller.
+    pub fn finish(&mut self) -> Result<()> {
+        let goodbye = self.sealed_goodbye()?;
+        self.send_sealed(&goodbye).context("send close_notify")
     }
 
     /// Reads until the server's end.

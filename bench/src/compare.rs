@@ -169,6 +169,7 @@ mod tests {
             versions: Vec::new(),
             commit: String::new(),
             series: vec![series(OURS, |r| r.0), series("nginx-stream", |r| r.1)],
+            curve: Vec::new(),
             limit: None,
             remarks: Vec::new(),
         }

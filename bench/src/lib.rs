@@ -10,6 +10,7 @@
 pub mod certificate;
 pub mod client;
 pub mod compare;
+pub mod curve;
 #[path = "plugin/mark.rs"]
 pub mod insn_mark;
 pub mod load;

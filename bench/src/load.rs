@@ -6,7 +6,9 @@
 
 mod bulk;
 mod connections;
+mod mixed;
 mod requests;
+mod transfers;
 mod waiting;
 
 use crate::client::Target;
@@ -44,6 +46,12 @@ pub enum Kind {
     Idle,
     /// Clients that read far slower than the upstream sends.
     Slow,
+    /// New and kept connections, nine small answers for each large one.
+    Mixed,
+    /// New connections, each of which takes so many bytes and ends.
+    Fetch,
+    /// The same the other way.
+    Store,
 }
 
 /// What a kind is counted in.
@@ -56,7 +64,7 @@ pub enum Unit {
 
 impl Kind {
     /// All of them, in the order of a table.
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 13] = [
         Self::Handshake,
         Self::Resumed,
         Self::Churn,
@@ -64,15 +72,23 @@ impl Kind {
         Self::Down,
         Self::Up,
         Self::Both,
+        Self::Mixed,
         Self::Idle,
         Self::Slow,
         Self::OpenLoop,
+        Self::Fetch,
+        Self::Store,
     ];
+
+    /// Whether a comparison has it unless others are named: what depends on a size of its own is for the cost curve.
+    pub fn is_compared(self) -> bool {
+        !matches!(self, Self::Fetch | Self::Store)
+    }
 
     pub fn unit(self) -> Unit {
         match self {
-            Self::Handshake | Self::Resumed | Self::Churn | Self::Idle => Unit::Connection,
-            Self::Request | Self::OpenLoop => Unit::Request,
+            Self::Handshake | Self::Resumed | Self::Churn | Self::Idle | Self::Fetch | Self::Store => Unit::Connection,
+            Self::Request | Self::OpenLoop | Self::Mixed => Unit::Request,
             Self::Down | Self::Up | Self::Both | Self::Slow => Unit::Byte,
         }
     }
@@ -94,6 +110,9 @@ impl Kind {
             Self::Both => "both",
             Self::Idle => "idle",
             Self::Slow => "slow",
+            Self::Mixed => "mixed",
+            Self::Fetch => "fetch",
+            Self::Store => "store",
         }
     }
 }
@@ -109,6 +128,8 @@ pub struct Load {
     pub answer_bytes: u64,
     /// Bytes that one connection uploads.
     pub upload_bytes: u64,
+    /// Bytes that a connection of `fetch` and `store` moves.
+    pub transfer_bytes: u64,
     /// Requests in a second, of all connections together.
     pub rate: f64,
     /// Another path than our upstream's.
@@ -122,16 +143,19 @@ impl Load {
             Kind::Handshake | Kind::Resumed => 8,
             Kind::Churn => 16,
             Kind::Request | Kind::OpenLoop => 32,
-            Kind::Down | Kind::Up | Kind::Both => 4,
+            Kind::Down | Kind::Up | Kind::Both | Kind::Mixed | Kind::Fetch | Kind::Store => 4,
             Kind::Idle => 1000,
             Kind::Slow => 64,
         };
         let answer_bytes = match kind {
             Kind::Handshake | Kind::Resumed => 1,
-            Kind::Churn | Kind::Request | Kind::OpenLoop | Kind::Idle => 1024,
+            Kind::Churn | Kind::Request | Kind::OpenLoop | Kind::Idle | Kind::Mixed => 1024,
+            Kind::Fetch | Kind::Store => TRANSFER_BYTES,
             Kind::Down | Kind::Up | Kind::Both | Kind::Slow => ENDLESS_BYTES,
         };
-        Self { kind, connections, duration, answer_bytes, upload_bytes: 64 << 20, rate: 1000.0, path: None }
+        let upload_bytes = 64 << 20;
+        let transfer_bytes = TRANSFER_BYTES;
+        Self { kind, connections, duration, answer_bytes, upload_bytes, transfer_bytes, rate: 1000.0, path: None }
     }
 
     fn request(&self) -> Vec<u8> {
@@ -142,6 +166,8 @@ impl Load {
     }
 }
 
+/// What a connection moves unless it is said.
+const TRANSFER_BYTES: u64 = 64 << 10;
 /// A download that no run finishes.
 const ENDLESS_BYTES: u64 = 1 << 42;
 
@@ -201,6 +227,8 @@ pub fn run(target: &Target, load: &Load, on_mark: &mut dyn FnMut(Mark) -> Result
         Kind::Both => bulk::both(target, load, on_mark),
         Kind::Idle => waiting::idle(target, load, on_mark),
         Kind::Slow => waiting::slow(target, load, on_mark),
+        Kind::Mixed => mixed::run(target, load, on_mark),
+        Kind::Fetch | Kind::Store => transfers::run(target, load, on_mark),
     }
     .with_context(|| format!("{} on {}", load.kind.name(), target.address))
 }

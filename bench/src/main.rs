@@ -16,11 +16,16 @@ use tlsplice_bench::measure::{self, Plan};
 use tlsplice_bench::peers::{Peer, Programs};
 use tlsplice_bench::plain_relay::{self, Mode};
 use tlsplice_bench::result::{PERCENTILES, Run};
-use tlsplice_bench::{compare, machine, report, table, upstream};
+use tlsplice_bench::{compare, curve, machine, report, table, upstream};
 
 /// What a quick run and a full one may take, less what building and starting take: 5 and 30 minutes are promised.
 const QUICK_BUDGET_S: u64 = 270;
 const BUDGET_S: u64 = 1680;
+
+/// Sizes of the cost curve.
+const CURVE_KIB: &str = "4,16,64,128,256,1024,4096,16384";
+/// What it is measured of: the ways that tlsplice can take.
+const CURVE_PEERS: [&str; 4] = ["tlsplice-userspace", "tlsplice-kernel", "tlsplice-ring", "tlsplice"];
 
 /// Loads TLS terminators and compares them.
 #[derive(Debug, Parser)]
@@ -37,6 +42,10 @@ enum Task {
     Upstream(UpstreamOptions),
     Compare(CompareOptions),
     Report(ReportOptions),
+    /// The tables of curves that were counted in guests.
+    Curve {
+        file: PathBuf,
+    },
     /// The table of a result again.
     Show {
         file: PathBuf,
@@ -67,6 +76,16 @@ struct RunOptions {
     /// Only these kinds of work.
     #[arg(long, value_enum, value_delimiter = ',')]
     kinds: Vec<Kind>,
+    /// Measure what a connection costs by the KiB that it moves, in place of the comparison; at sizes of your own by =N,N,…
+    #[arg(
+        long,
+        value_name = "KIB",
+        value_delimiter = ',',
+        num_args = 0..,
+        require_equals = true,
+        default_missing_value = CURVE_KIB
+    )]
+    curve: Vec<u64>,
     /// Rounds, in each of which every peer is started afresh.
     #[arg(long)]
     rounds: Option<usize>,
@@ -144,6 +163,9 @@ struct LoadOptions {
     /// MiB that each connection of `up` and `both` sends.
     #[arg(long, default_value_t = 64)]
     upload_mib: u64,
+    /// KiB that each connection of `fetch` and `store` moves.
+    #[arg(long, default_value_t = 64)]
+    transfer_kib: u64,
 }
 
 /// The server that the comparison has behind every peer, for a host of your own.
@@ -214,6 +236,7 @@ fn perform(task: Task) -> Result<ExitCode> {
             let out = options.out.unwrap_or_else(|| options.file.with_extension("html"));
             write_report(&Run::read(&options.file)?, &out)?;
         }
+        Task::Curve { file } => print!("{}", curve::show_file(&file)?),
         Task::Show { file } => print!("{}", table::show(&Run::read(&file)?)),
         Task::PlainRelay(options) => plain_relay::serve(options.mode, options.listen, options.upstream)?,
         Task::CallCost => println!("{:.1}", machine::call_ns()),
@@ -248,6 +271,9 @@ fn run(options: &RunOptions) -> Result<()> {
     let work = Workplace::new()?;
     let line_up = Peer::line_up(machine::Machine::look().kernel_tls);
     let mut peers = line_up.clone();
+    if options.peers.is_empty() && !options.curve.is_empty() {
+        peers.retain(|peer| CURVE_PEERS.contains(&peer.name()));
+    }
     if !options.peers.is_empty() {
         let known = line_up.iter().map(|peer| peer.name()).collect::<Vec<_>>();
         if let Some(unknown) = options.peers.iter().find(|name| !known.contains(&name.as_str())) {
@@ -258,7 +284,11 @@ fn run(options: &RunOptions) -> Result<()> {
     let plan = Plan {
         programs: Programs { tlsplice: options.tlsplice.clone(), root: options.peers_root.clone() },
         peers,
-        kinds: if options.kinds.is_empty() { Kind::ALL.to_vec() } else { options.kinds.clone() },
+        kinds: match (options.kinds.is_empty(), options.curve.is_empty()) {
+            (true, true) => Kind::ALL.into_iter().filter(|kind| kind.is_compared()).collect(),
+            (_, _) => options.kinds.clone(),
+        },
+        curve: options.curve.iter().map(|kib| kib << 10).collect(),
         rounds: options.rounds.unwrap_or(if options.quick { 5 } else { 9 }),
         seconds: options.seconds.unwrap_or(if options.quick { 0.3 } else { 1.5 }),
         workers: options.workers,
@@ -301,6 +331,7 @@ fn put_load(options: &LoadOptions) -> Result<()> {
     load.connections = options.connections.unwrap_or(load.connections);
     load.rate = options.rate;
     load.upload_bytes = options.upload_mib << 20;
+    load.transfer_bytes = options.transfer_kib << 10;
     load.path.clone_from(&options.path);
     let outcome = load::run(&target, &load, &mut |_| Ok(()))?;
     let seconds = outcome.elapsed.as_secs_f64();

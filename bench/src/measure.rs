@@ -12,7 +12,7 @@ use crate::machine::{self, Machine};
 use crate::peers::{self, Peer, Program, Programs, Setup, Started};
 use crate::process::Usage;
 use crate::progress::Progress;
-use crate::result::{FORMAT, Figure, Limit, Round, Run, Series, Settings};
+use crate::result::{FORMAT, Figure, Limit, Point, Round, Run, Series, Settings};
 use crate::{insn_mark, statistics, upstream};
 use anyhow::{Context, Result, bail, ensure};
 use rustls::pki_types::ServerName;
@@ -36,6 +36,8 @@ pub struct Plan {
     pub programs: Programs,
     pub peers: Vec<Peer>,
     pub kinds: Vec<Kind>,
+    /// Bytes of the connections of the cost curve; none: it is not measured.
+    pub curve: Vec<u64>,
     pub rounds: usize,
     pub seconds: f64,
     pub workers: usize,
@@ -56,7 +58,8 @@ pub struct Plan {
 
 /// Measures all of it.
 pub fn run(plan: &Plan) -> Result<Run> {
-    ensure!(plan.rounds > 0 && !plan.peers.is_empty() && !plan.kinds.is_empty(), "there is nothing to measure");
+    let has_work = !plan.kinds.is_empty() || !plan.curve.is_empty();
+    ensure!(plan.rounds > 0 && !plan.peers.is_empty() && has_work, "there is nothing to measure");
     let descriptors = machine::raise_descriptor_limit();
     let machine = Machine::look();
     let call_ns = plan.native_call_ns.map(|native| (native, machine::call_ns()));
@@ -95,6 +98,7 @@ pub fn run(plan: &Plan) -> Result<Run> {
         versions: Vec::new(),
         commit: plan.commit.clone(),
         series: Vec::new(),
+        curve: Vec::new(),
         limit: None,
         remarks: Vec::new(),
     };
@@ -113,6 +117,19 @@ fn cpus(plan: &Plan) -> Result<Option<(Vec<usize>, Vec<usize>)>> {
     Ok(Some((proxy.to_vec(), load.to_vec())))
 }
 
+/// A kind of work, of a size of its own on the cost curve.
+#[derive(Clone, Copy, Debug)]
+struct Work {
+    kind: Kind,
+    bytes: Option<u64>,
+}
+
+impl Work {
+    fn name(self) -> String {
+        self.bytes.map_or_else(|| self.kind.name().into(), |bytes| format!("{}:{bytes}", self.kind.name()))
+    }
+}
+
 struct Measuring<'a> {
     plan: &'a Plan,
     setup: Setup,
@@ -124,11 +141,15 @@ struct Measuring<'a> {
 impl Measuring<'_> {
     fn all(mut self) -> Result<()> {
         self.peers = self.checked()?;
-        let steps = self.plan.rounds * self.plan.kinds.len() * self.peers.len();
-        let mut progress = Progress::new(steps as u64);
         // The open loop comes last: its rate follows from the closed one.
-        let (closed, open): (Vec<Kind>, Vec<Kind>) = self.plan.kinds.iter().partition(|kind| **kind != Kind::OpenLoop);
-        let share = closed.len() as f64 / self.plan.kinds.len() as f64;
+        let works = self.plan.kinds.iter().map(|kind| Work { kind: *kind, bytes: None });
+        let (open, mut closed): (Vec<Work>, Vec<Work>) = works.partition(|work| work.kind == Kind::OpenLoop);
+        for kind in [Kind::Fetch, Kind::Store] {
+            closed.extend(self.plan.curve.iter().map(|bytes| Work { kind, bytes: Some(*bytes) }));
+        }
+        let steps = self.plan.rounds * (closed.len() + open.len()) * self.peers.len();
+        let mut progress = Progress::new(steps as u64);
+        let share = closed.len() as f64 / (closed.len() + open.len()) as f64;
         self.rounds(&closed, self.plan.budget.mul_f64(share), &mut progress)?;
         if self.plan.limit {
             self.run.limit = Some(self.limit(&progress)?);
@@ -187,16 +208,16 @@ impl Measuring<'_> {
     }
 
     /// As many rounds as were asked for and fit into the time.
-    fn rounds(&mut self, kinds: &[Kind], until: Duration, progress: &mut Progress) -> Result<()> {
+    fn rounds(&mut self, works: &[Work], until: Duration, progress: &mut Progress) -> Result<()> {
         let mut longest = Duration::ZERO;
         for number in 0..self.plan.rounds {
             if number > 0 && self.started.elapsed() + longest > until {
-                let names = kinds.iter().map(|kind| kind.name()).collect::<Vec<_>>().join(", ");
+                let names = works.iter().map(|work| work.name()).collect::<Vec<_>>().join(", ");
                 self.remark(&format!("{number} of {} rounds: the time was up ({names})", self.plan.rounds));
                 break;
             }
             let since = Instant::now();
-            self.round(number, kinds, progress)?;
+            self.round(number, works, progress)?;
             longest = longest.max(since.elapsed());
         }
         Ok(())
@@ -206,21 +227,22 @@ impl Measuring<'_> {
         self.peers.iter().map(|peer| self.setup.start(*peer)).collect()
     }
 
-    fn round(&mut self, number: usize, kinds: &[Kind], progress: &mut Progress) -> Result<()> {
+    fn round(&mut self, number: usize, works: &[Work], progress: &mut Progress) -> Result<()> {
         let shared = self.start_all()?;
-        for kind in kinds {
-            let load = self.load(*kind);
+        for work in works {
+            let load = self.load(*work);
             // Memory is asked of programs that have done nothing yet: what earlier work has freed would be taken again.
-            let fresh = if kind.holds_memory() { Some(self.start_all()?) } else { None };
+            let fresh = if work.kind.holds_memory() { Some(self.start_all()?) } else { None };
             let started = fresh.as_ref().unwrap_or(&shared);
             // Another one comes first in each round.
             let mut order: Vec<&Started> = started.iter().collect();
             order.rotate_left(number % started.len());
             for peer in order {
-                progress.step(&format!("round {}, {}, {}", number + 1, kind.name(), peer.peer.name()));
+                progress.step(&format!("round {}, {}, {}", number + 1, work.name(), peer.peer.name()));
                 std::thread::sleep(PAUSE);
-                match measure(&self.setup, peer, &load, self.run.settings.call_ns, self.plan.counted) {
-                    Ok(round) => self.keep(*kind, peer.peer, round),
+                let told = self.plan.counted.then(|| work.name());
+                match measure(&self.setup, peer, &load, self.run.settings.call_ns, told.as_deref()) {
+                    Ok(round) => self.keep(*work, peer.peer, round),
                     Err(error) => {
                         let said = peer.process.said();
                         progress.note(&format!("{}: {error:#}; it said: {said}", peer.peer.name()));
@@ -232,10 +254,11 @@ impl Measuring<'_> {
         Ok(())
     }
 
-    fn load(&self, kind: Kind) -> Load {
-        let mut load = Load::of(kind, Duration::from_secs_f64(self.plan.seconds));
+    fn load(&self, work: Work) -> Load {
+        let mut load = Load::of(work.kind, Duration::from_secs_f64(self.plan.seconds));
         load.upload_bytes = self.plan.upload_bytes;
-        if kind == Kind::Idle {
+        load.transfer_bytes = work.bytes.unwrap_or(load.transfer_bytes);
+        if work.kind == Kind::Idle {
             load.connections = self.plan.idle_connections;
         }
         if let Some(rate) = self.run.settings.open_rate {
@@ -244,7 +267,16 @@ impl Measuring<'_> {
         load
     }
 
-    fn keep(&mut self, kind: Kind, peer: Peer, round: Round) {
+    fn keep(&mut self, work: Work, peer: Peer, round: Round) {
+        let kind = work.kind;
+        if let Some(bytes) = work.bytes {
+            let is_it = |point: &&mut Point| point.kind == kind && point.bytes == bytes && point.peer == peer.name();
+            match self.run.curve.iter_mut().find(is_it) {
+                Some(point) => point.rounds.push(round),
+                None => self.run.curve.push(Point { kind, bytes, peer: peer.name().into(), rounds: vec![round] }),
+            }
+            return;
+        }
         let known = self.run.series.iter_mut().find(|s| s.kind == kind && s.peer == peer.name());
         match known {
             Some(series) => series.rounds.push(round),
@@ -267,7 +299,13 @@ impl Measuring<'_> {
                 let started = self.setup.start(peer)?;
                 for kind in [Kind::Down, Kind::Up] {
                     std::thread::sleep(PAUSE);
-                    let round = measure(&self.setup, &started, &self.load(kind), self.run.settings.call_ns, false)?;
+                    let round = measure(
+                        &self.setup,
+                        &started,
+                        &self.load(Work { kind, bytes: None }),
+                        self.run.settings.call_ns,
+                        None,
+                    )?;
                     let values = match (peer, kind) {
                         (Peer::CopyRelay, Kind::Down) => &mut limit.copy_down,
                         (Peer::CopyRelay, _) => &mut limit.copy_up,
@@ -293,26 +331,37 @@ fn target(setup: &Setup, started: &Started) -> Result<Target> {
     })
 }
 
-/// One peer, one kind of work, once.
-fn measure(setup: &Setup, started: &Started, load: &Load, call_ns: Option<(f64, f64)>, counted: bool) -> Result<Round> {
+/// One peer, one kind of work, once. Where instructions are counted it is told under a name, in a line.
+fn measure(
+    setup: &Setup,
+    started: &Started,
+    load: &Load,
+    call_ns: Option<(f64, f64)>,
+    told: Option<&str>,
+) -> Result<Round> {
     let target = target(setup, started)?;
     if let Some(cpus) = &setup.cpus {
         started.process.hold_to(cpus)?;
     }
     let mut usages: Vec<(Mark, Usage)> = Vec::new();
     let outcome = load::run(&target, load, &mut |mark| {
-        if counted && mark == Mark::End {
+        if told.is_some() && mark == Mark::End {
             insn_mark::end();
         }
         usages.push((mark, started.process.usage()?));
-        if counted && mark == Mark::Begin {
+        if told.is_some() && mark == Mark::Begin {
             insn_mark::begin();
         }
         Ok(())
-    })?;
-    if counted {
-        println!("COUNTED {} {} {}", load.kind.name(), started.peer.name(), outcome.units);
+    });
+    // What was marked has to be told, even if it came to nothing, or marks and lines no longer meet.
+    if let Some(name) = told
+        && usages.iter().any(|(mark, _)| *mark == Mark::End)
+    {
+        let units = outcome.as_ref().map_or(0, |outcome| outcome.units);
+        println!("COUNTED {name} {} {units}", started.peer.name());
     }
+    let outcome = outcome?;
     let at = |mark: Mark| usages.iter().find(|(m, _)| *m == mark).map(|(_, usage)| usage);
     let (Some(before), Some(begin), Some(end)) = (at(Mark::Before), at(Mark::Begin), at(Mark::End)) else {
         bail!("the run told not when it began and ended");

@@ -157,7 +157,10 @@ fn floors(run: &Run, kind: Kind) -> Vec<Line> {
         | Kind::OpenLoop
         | Kind::Both
         | Kind::Idle
-        | Kind::Slow => None,
+        | Kind::Slow
+        | Kind::Mixed
+        | Kind::Fetch
+        | Kind::Store => None,
     };
     let line = |name: &str, floor| {
         pick(floor).map(|median| Line { name: name.into(), class: "floor", values: vec![median], median })
@@ -177,6 +180,9 @@ fn heading(kind: Kind) -> &'static str {
         Kind::Both => "Bulk both ways at once",
         Kind::Idle => "Idle connection",
         Kind::Slow => "Client that reads slowly",
+        Kind::Mixed => "Nine requests of 1 KiB and one of 8 MiB, connections of one to four",
+        Kind::Fetch => "Connection that takes so many bytes",
+        Kind::Store => "Connection that gives so many bytes",
     }
 }
 

@@ -26,6 +26,9 @@ pub struct Run {
     pub versions: Vec<(String, String)>,
     pub commit: String,
     pub series: Vec<Series>,
+    /// The cost curve, if it was measured.
+    #[serde(default)]
+    pub curve: Vec<Point>,
     pub limit: Option<Limit>,
     /// What was left out and why.
     pub remarks: Vec<String>,
@@ -51,6 +54,17 @@ pub struct Settings {
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Series {
     pub kind: Kind,
+    pub peer: String,
+    pub rounds: Vec<Round>,
+}
+
+/// Connections of one size through one peer, in all rounds.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Point {
+    /// `fetch` or `store`.
+    pub kind: Kind,
+    /// What each connection moved.
+    pub bytes: u64,
     pub peer: String,
     pub rounds: Vec<Round>,
 }
@@ -124,9 +138,16 @@ impl Figure {
             // What a slow client takes in a second comes out of buffers that were filled before: its CPU says nothing.
             Kind::Idle | Kind::Slow => Self::Memory,
             Kind::OpenLoop => Self::P99,
-            Kind::Handshake | Kind::Resumed | Kind::Churn | Kind::Request | Kind::Down | Kind::Up | Kind::Both => {
-                Self::Cpu
-            }
+            Kind::Handshake
+            | Kind::Resumed
+            | Kind::Churn
+            | Kind::Request
+            | Kind::Down
+            | Kind::Up
+            | Kind::Both
+            | Kind::Mixed
+            | Kind::Fetch
+            | Kind::Store => Self::Cpu,
         }
     }
 
@@ -235,6 +256,6 @@ pub fn aim(kind: Kind) -> Option<f64> {
         Kind::Up => Some(1.5),
         Kind::Idle => Some(5.0),
         Kind::OpenLoop => Some(1.0),
-        Kind::Resumed | Kind::Churn | Kind::Both | Kind::Slow => None,
+        Kind::Resumed | Kind::Churn | Kind::Both | Kind::Slow | Kind::Mixed | Kind::Fetch | Kind::Store => None,
     }
 }

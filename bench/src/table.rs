@@ -1,5 +1,6 @@
 //! A run as tables in the terminal: what each peer costs, how fast it is, and how tlsplice stands against the best.
 
+use crate::curve::{self, Curve};
 use crate::load::{Kind, Unit};
 use crate::measure;
 use crate::result::{Figure, OURS, PERCENTILES, Run, Series, aim};
@@ -41,6 +42,7 @@ pub fn show(run: &Run) -> String {
     text += &latency(run);
     text += &versus_best(run);
     text += &limit(run);
+    text += &curve::show(&Curve::of(run));
     for remark in &run.remarks {
         text += &format!("remark: {remark}\n");
     }

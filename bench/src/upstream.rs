@@ -145,8 +145,13 @@ async fn write(socket: &TcpStream, mut bytes: &[u8]) -> io::Result<()> {
     Ok(())
 }
 
+/// The head of an answer of so many bytes.
+pub fn head(length: u64) -> Vec<u8> {
+    format!("HTTP/1.1 200 OK\r\nContent-Length: {length}\r\n\r\n").into_bytes()
+}
+
 async fn send_pattern(socket: &TcpStream, length: u64) -> io::Result<()> {
-    let mut first = format!("HTTP/1.1 200 OK\r\nContent-Length: {length}\r\n\r\n").into_bytes();
+    let mut first = head(length);
     let with_head = length.min(CHUNK_BYTES as u64) as usize;
     first.extend_from_slice(&PATTERN[..with_head]);
     write(socket, &first).await?;

@@ -62,10 +62,11 @@ pub fn command(options: &Options) -> Result<i32> {
     if !has("--peers-root") {
         words.extend(["--peers-root".into(), peers::newest()?.into()]);
     }
-    let stem = results()?.join(match options.kernel {
+    let place = match options.kernel {
         Place::Host => "host",
         Place::Uml => "uml",
-    });
+    };
+    let stem = results()?.join(format!("{place}{}", if has("--curve") { "-curve" } else { "" }));
     for (option, extension) in [("--json", "json"), ("--html", "html")] {
         if !has(option) {
             words.extend([option.into(), stem.with_extension(extension).into()]);
@@ -107,7 +108,8 @@ fn status(command: &mut Command) -> Result<i32> {
     Ok(status.code().unwrap_or(1))
 }
 
-fn results() -> Result<PathBuf> {
+/// Where results go that nobody asked to keep.
+pub fn results() -> Result<PathBuf> {
     let folder = target_folder().join("xtask/bench");
     fs::create_dir_all(&folder).with_context(|| format!("create {}", folder.display()))?;
     Ok(folder)

@@ -2,8 +2,8 @@
 
 use super::RECORD_HEADER_BYTES;
 use anyhow::{Context, Result};
-use std::io::Read;
-use std::net::TcpStream;
+use std::io::{Read, Write};
+use std::net::{Shutdown, TcpStream};
 
 const APPLICATION_DATA: u8 = 23;
 
@@ -37,6 +37,17 @@ impl Counted {
     /// Payload so far, the answer's head included.
     pub fn payload(&self) -> u64 {
         self.payload
+    }
+
+    /// Whether no record has come in part.
+    pub fn is_between_records(&self) -> bool {
+        self.records.as_ref().is_none_or(|records| records.have == 0 && records.body_left == 0)
+    }
+
+    /// Sends what was sealed as a goodbye, and the FIN.
+    pub fn end(&mut self, goodbye: &[u8]) -> Result<()> {
+        self.socket.write_all(goodbye).context("send close_notify")?;
+        self.socket.shutdown(Shutdown::Write).context("send FIN")
     }
 
     fn take(&mut self, bytes: &[u8]) {

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
 
 /// What is read at once.
-const SCRATCH_BYTES: usize = 256 << 10;
+pub(super) const SCRATCH_BYTES: usize = 256 << 10;
 /// So much flows before the clock runs: windows have grown then, and buffers are as full as they stay.
 const RUN_IN_BYTES: u64 = 8 << 20;
 /// What is sealed at once, from a buffer that repeats.
@@ -50,17 +50,22 @@ fn sealed(target: &Target, load: &Load) -> Result<Upload> {
     let mut session = Session::open(target, target.config(Sessions::Fresh)?.as_ref())?;
     // Everything is set up at the peer before the clock runs, its connection to the upstream too.
     session.exchange(&crate::client::get(1))?;
-    let mut records = Vec::with_capacity(usize::try_from(load.upload_bytes + load.upload_bytes / 256)?);
-    let path = load.path.as_deref().unwrap_or("/");
-    session.seal(&post(path, load.upload_bytes), &mut records)?;
-    let piece = vec![0x5a; SEALED_PIECE_BYTES];
-    let mut left = usize::try_from(load.upload_bytes)?;
+    let records = seal_upload(&mut session, load.path.as_deref().unwrap_or("/"), load.upload_bytes)?;
+    Ok(Upload { session, records, bytes: load.upload_bytes })
+}
+
+/// The records of a request with a body.
+pub(super) fn seal_upload(session: &mut Session, path: &str, bytes: u64) -> Result<Vec<u8>> {
+    let mut records = Vec::with_capacity(usize::try_from(bytes + bytes / 256)?);
+    session.seal(&post(path, bytes), &mut records)?;
+    let mut left = usize::try_from(bytes)?;
+    let piece = vec![0x5a; SEALED_PIECE_BYTES.min(left)];
     while left > 0 {
         let count = left.min(piece.len());
         session.seal(&piece[..count], &mut records)?;
         left -= count;
     }
-    Ok(Upload { session, records, bytes: load.upload_bytes })
+    Ok(records)
 }
 
 fn upload(upload: &mut Upload) -> Result<Count> {
