@@ -192,7 +192,10 @@ fn copy(from: &Path, to: &Path) -> Result<()> {
 impl Figures {
     /// One of libFuzzer's lines: `#8192 NEW cov: 310 ft: 421 corp: 30/2Kb …`, its statistics, or where a crash's input is.
     fn take(&mut self, line: &str) {
-        if let Some((_, path)) = line.split_once("Test unit written to ") {
+        // A slow input is said and no failure; one that takes beyond the limit is written as a timeout.
+        if let Some((_, path)) = line.split_once("Test unit written to ")
+            && !path.contains("/slow-unit-")
+        {
             self.crash = Some(path.trim().to_owned());
         }
         if let Some(count) = line.strip_prefix("stat::number_of_executed_units:").and_then(|n| n.trim().parse().ok()) {
@@ -237,6 +240,8 @@ mod tests {
             figures.take(line);
         }
         assert_eq!(figures, Figures { executions: 9000, coverage: 310, corpus: 30, crash: None });
+        figures.take("artifact_prefix='a/'; Test unit written to a/slow-unit-1");
+        assert_eq!(figures.crash, None, "a busy machine is no crash");
         figures.take("artifact_prefix='a/'; Test unit written to a/crash-1");
         assert_eq!(figures.crash.as_deref(), Some("a/crash-1"));
     }

@@ -18,7 +18,7 @@ use std::time::Duration;
 
 const CONFIG: &str = include_str!("../uml/config");
 /// Without these it is not worth running: a name that a later kernel has dropped shall be noticed.
-const INSISTED_ON: [&str; 8] = [
+const INSISTED_ON: [&str; 10] = [
     "TLS",
     "IO_URING",
     "SECCOMP_FILTER",
@@ -27,6 +27,8 @@ const INSISTED_ON: [&str; 8] = [
     "TASK_IO_ACCOUNTING",
     "CGROUP_BPF",
     "HOSTFS",
+    "NFS_V4",
+    "NFSD_V4",
 ];
 /// The first series whose user-mode Linux runs processes under seccomp, not ptrace: a system call costs a third of it.
 const FIRST_SERIES: [u64; 2] = [6, 16];

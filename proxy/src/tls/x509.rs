@@ -1,6 +1,6 @@
 //! One certificate, read for what serving and grading ask of it.
 
-use super::der::Signed;
+use super::der::{Reader, SEQUENCE, Signed};
 use rustls::pki_types::CertificateDer;
 use x509_parser::prelude::{ASN1Time, FromDer, GeneralName, ParsedExtension, X509Certificate};
 use x509_parser::public_key::PublicKey;
@@ -97,6 +97,11 @@ impl Seen {
         // RFC 5280 section 4.1.1.2; the one outside is not signed, and clients hold it against the one inside.
         if certificate.signature_algorithm != certificate.tbs_certificate.signature {
             return Err("it names two different algorithms for its one signature".to_owned());
+        }
+        // Names are compared and hashed by their bytes, and the parser gives only a part of one that is not well formed.
+        let is_whole = |name: &[u8]| Reader(name).next(SEQUENCE).is_some_and(|value| value.whole == name);
+        if !is_whole(certificate.subject().as_raw()) || !is_whole(certificate.issuer().as_raw()) {
+            return Err("its subject or its issuer is no sound name".to_owned());
         }
         let validity = certificate.validity();
         let (names, has_addresses) = names(&certificate);
@@ -227,5 +232,16 @@ mod tests {
         der[outside + ECDSA_SHA256.len() - 1] = 3;
         let said = Seen::read(&CertificateDer::from(der)).err();
         assert_eq!(said.as_deref(), Some("it names two different algorithms for its one signature"));
+    }
+    #[test]
+    fn a_name_that_is_cut_short_within_is_none() {
+        const COMMON_NAME: &[u8] = &[6, 3, 0x55, 4, 3];
+        let (certificate, _) = testing::made(&["a.test"], &rcgen::PKCS_ECDSA_P256_SHA256);
+        let mut der = certificate.der().to_vec();
+        let within = der.windows(COMMON_NAME.len()).position(|w| w == COMMON_NAME).expect("its issuer's");
+        // The length of what holds type and value.
+        der[within - 1] -= 1;
+        let said = Seen::read(&CertificateDer::from(der)).err();
+        assert_eq!(said.as_deref(), Some("its subject or its issuer is no sound name"));
     }
 }
