@@ -96,8 +96,17 @@ impl Curve {
 
     /// By how much a connection costs more than in userspace, as each round saw it.
     pub fn more_than_userspace(&self, kind: Kind, bytes: u64, way: &str) -> Vec<f64> {
+        self.round_by_round(kind, bytes, way, |way, userspace| way - userspace)
+    }
+
+    /// How many times what it costs in userspace, as each round saw it.
+    pub fn times_userspace(&self, kind: Kind, bytes: u64, way: &str) -> Vec<f64> {
+        self.round_by_round(kind, bytes, way, |way, userspace| way / userspace)
+    }
+
+    fn round_by_round(&self, kind: Kind, bytes: u64, way: &str, of: fn(f64, f64) -> f64) -> Vec<f64> {
         let costs = |way: &str| self.point(kind, bytes, way).map(|point| point.costs.clone()).unwrap_or_default();
-        costs(way).iter().zip(costs(USERSPACE)).map(|(way, userspace)| way - userspace).collect()
+        costs(way).iter().zip(costs(USERSPACE)).map(|(way, userspace)| of(*way, userspace)).collect()
     }
 
     /// The line through the differences.

@@ -2,6 +2,7 @@
 //!
 //! Plots are rows of a grid with marks placed by per cent, so labels wrap and never lie upon each other, whatever the width.
 
+use crate::curve::{self, Curve};
 use crate::load::Kind;
 use crate::measure;
 use crate::result::{Figure, OURS, Run, aim};
@@ -49,6 +50,7 @@ pub fn page(run: &Run) -> String {
     let _ = write!(body, "<p class=soft>{versions}</p>");
     body += &summary(run);
     body += &cards(run, "The proxy's own CPU", Figure::Cpu, &[]);
+    body += &curve_cards(&Curve::of(run));
     body += &cards(run, "Memory", Figure::Memory, &[]);
     body += &cards(run, "Latency", Figure::P99, &[Kind::Request, Kind::OpenLoop]);
     body += &cards(run, "Rate", Figure::Rate, &[]);
@@ -143,6 +145,43 @@ fn cards(run: &Run, title: &str, figure: Figure, only: &[Kind]) -> String {
         );
     }
     if cards.is_empty() { cards } else { format!("<h2>{title}</h2><div class=cards>{cards}</div>") }
+}
+
+/// A card for each way and direction: what it costs at each size, as a multiple of userspace's cost.
+fn curve_cards(curve: &Curve) -> String {
+    let mut cards = String::new();
+    for kind in [Kind::Fetch, Kind::Store] {
+        for way in curve.ways().into_iter().skip(1) {
+            let lines: Vec<Line> = curve
+                .sizes(kind)
+                .into_iter()
+                .filter_map(|bytes| {
+                    let values = curve.times_userspace(kind, bytes, way);
+                    let median = statistics::median(&values)?;
+                    let class = if median < 1.0 { "ours" } else { "" };
+                    Some(Line { name: curve::size(bytes), class, values, median })
+                })
+                .collect();
+            if lines.is_empty() {
+                continue;
+            }
+            let told = curve.trade(kind, way).map_or_else(String::new, |trade| curve::told(curve, trade));
+            let _ = write!(
+                cards,
+                "<section class=card><h3>{}: {}</h3><p class=soft>times the CPU of userspace; below 1 it pays</p>{}\
+                 <p class=soft>{}</p></section>",
+                heading(kind),
+                escaped(curve::short(way)),
+                plot(&lines),
+                escaped(&told)
+            );
+        }
+    }
+    if cards.is_empty() {
+        cards
+    } else {
+        format!("<h2>What offloading costs and gains</h2><div class=cards>{cards}</div>")
+    }
 }
 
 fn floors(run: &Run, kind: Kind) -> Vec<Line> {
