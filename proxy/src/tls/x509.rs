@@ -98,10 +98,13 @@ impl Seen {
         if certificate.signature_algorithm != certificate.tbs_certificate.signature {
             return Err("it names two different algorithms for its one signature".to_owned());
         }
-        // Names are compared and hashed by their bytes, and the parser gives only a part of one that is not well formed.
-        let is_whole = |name: &[u8]| Reader(name).next(SEQUENCE).is_some_and(|value| value.whole == name);
+        // Names and keys are compared and hashed by their bytes, and of one that is not well formed the parser gives a part.
+        let is_whole = |part: &[u8]| Reader(part).next(SEQUENCE).is_some_and(|value| value.whole == part);
         if !is_whole(certificate.subject().as_raw()) || !is_whole(certificate.issuer().as_raw()) {
             return Err("its subject or its issuer is no sound name".to_owned());
+        }
+        if !is_whole(certificate.public_key().raw) {
+            return Err("its public key is not well formed".to_owned());
         }
         let validity = certificate.validity();
         let (names, has_addresses) = names(&certificate);
@@ -234,14 +237,22 @@ mod tests {
         assert_eq!(said.as_deref(), Some("it names two different algorithms for its one signature"));
     }
     #[test]
-    fn a_name_that_is_cut_short_within_is_none() {
+    fn a_name_or_a_key_that_is_cut_short_within_is_none() {
+        // Each behind the length that is made smaller: of what holds type and value, and of the bits of the point.
         const COMMON_NAME: &[u8] = &[6, 3, 0x55, 4, 3];
+        const POINT: &[u8] = &[0, 4];
         let (certificate, _) = testing::made(&["a.test"], &rcgen::PKCS_ECDSA_P256_SHA256);
-        let mut der = certificate.der().to_vec();
-        let within = der.windows(COMMON_NAME.len()).position(|w| w == COMMON_NAME).expect("its issuer's");
-        // The length of what holds type and value.
-        der[within - 1] -= 1;
-        let said = Seen::read(&CertificateDer::from(der)).err();
-        assert_eq!(said.as_deref(), Some("its subject or its issuer is no sound name"));
+        for (bytes, why) in
+            [(COMMON_NAME, "its subject or its issuer is no sound name"), (POINT, "its public key is not well formed")]
+        {
+            let mut der = certificate.der().to_vec();
+            // 0x42 bytes: the encoding of a point on P-256.
+            let has_length = |at: &usize| bytes != POINT || der[at - 2..*at] == [3, 0x42];
+            let mut all = (2..der.len() - bytes.len()).filter(|at| der[*at..].starts_with(bytes));
+            let within = all.find(has_length).expect("it has one");
+            der[within - 1] -= 1;
+            let said = Seen::read(&CertificateDer::from(der)).err();
+            assert_eq!(said.as_deref(), Some(why));
+        }
     }
 }
