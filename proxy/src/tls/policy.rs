@@ -354,4 +354,15 @@ pub(crate) mod tests {
         assert!(group(Policy::Labs100, "X25519").is_err() && group(Policy::Labs100, "P-384").is_ok());
         assert!(suite(Policy::Labs100, "TLS_RSA_WITH_AES_128_CBC_SHA").expect_err("no").contains("grade is B"));
     }
+    #[cfg(feature = "fips")]
+    #[test]
+    fn the_policy_fips_is_what_the_validated_module_does() {
+        let (tls, resumption) = (tls(Policy::Fips, &[], &[]), Resumption::of_this_process().expect("random"));
+        let certificates = crate::tls::certificates::testing::resolver(&["a.test"]);
+        let config = server_config(&tls, certificates, &resumption).expect("usable").config;
+        assert!(config.fips() && config.crypto_provider().fips());
+        assert!(suites_of(&tls).iter().all(|suite| suite_name(suite.suite()).contains("_GCM_")));
+        assert!(groups_of(&tls).iter().any(|group| group.name() == rustls::NamedGroup::secp256r1));
+        assert!(group(Policy::Fips, "X25519").is_err() && suite(Policy::Fips, "TLS_CHACHA20_POLY1305_SHA256").is_err());
+    }
 }
