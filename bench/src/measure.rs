@@ -25,6 +25,9 @@ use std::time::{Duration, Instant, SystemTime};
 const CHECK_BYTES: u64 = 3 << 20;
 /// Between two measurements: what the last one left behind is done by then.
 const PAUSE: Duration = Duration::from_millis(30);
+/// What programs still do once they listen is done by then: they share a CPU, and where instructions are counted the first
+/// measurement of a round had twice to six times what it should.
+const SETTLE: Duration = Duration::from_millis(500);
 /// The open loop's rate, as a share of the best peer's rate in the closed loop.
 pub const OPEN_LOOP_SHARE: f64 = 0.7;
 /// Buffers of the cipher's own measurement.
@@ -224,7 +227,9 @@ impl Measuring<'_> {
     }
 
     fn start_all(&self) -> Result<Vec<Started>> {
-        self.peers.iter().map(|peer| self.setup.start(*peer)).collect()
+        let started = self.peers.iter().map(|peer| self.setup.start(*peer)).collect();
+        std::thread::sleep(SETTLE);
+        started
     }
 
     fn round(&mut self, number: usize, works: &[Work], progress: &mut Progress) -> Result<()> {
