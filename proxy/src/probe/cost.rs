@@ -17,7 +17,7 @@ pub struct Costs {
 /// From which series on, and what holds there.
 type Row = ((u32, u32), Costs);
 
-/// Oldest first. One row does for all: what the door costs is the same 45 to 60 thousand instructions from 6.12 to 7.2, and in
+/// Oldest first. One row does for all: what the door costs is the same 50 to 60 thousand instructions from 6.12 to 7.2, and in
 /// instructions alone no series pays for it, so what a byte gains is a matter of time, which was measured on 7.2 only: 128 KiB
 /// lies between the 100 KiB up and the 240 KiB down after which a minimal relay had it back there. The ring costs more than the
 /// worker's own thread on 6.12, the one series on which it was counted.
