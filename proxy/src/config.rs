@@ -45,7 +45,7 @@ pub struct Server {
 /// How a spliced transfer reaches the kernel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum SpliceMode {
-    /// What is cheaper on this kernel, by the table in `probe.rs`.
+    /// What is cheaper on this kernel, by the table in `probe/cost.rs`.
     Auto,
     /// POLL_ADD through the ring, then non-blocking `splice(2)` on the worker's thread.
     Inline,

@@ -206,6 +206,7 @@ mod tests {
             suites: vec![suite],
             rekey: true,
             short_splice_safe: true,
+            costs: crate::probe::cost::Costs::of(""),
             partial_record_wakes: false,
         }
     }

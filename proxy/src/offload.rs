@@ -23,10 +23,6 @@ use crate::sys::ktls;
 use crate::tls::policy::Negotiation;
 use rustls::SupportedCipherSuite;
 
-/// `offload_after = "auto"`, in bytes: below it, setting kTLS up costs more than it saves. One row until more series
-/// have been measured.
-const OFFLOAD_AFTER_AUTO_BYTES: u64 = 128 << 10;
-
 /// When this connection goes through the door, or why it never does.
 pub fn plan(
     listener: &Listener,
@@ -40,7 +36,7 @@ pub fn plan(
     if !kernel.offloads(suite) {
         return Err(Decline::Cipher);
     }
-    Ok(Door::After(offload_after(listener)))
+    Ok(Door::After(offload_after(listener, kernel)))
 }
 
 /// Why no connection of this listener goes through the door, whatever its suite.
@@ -55,16 +51,16 @@ fn is_shut(listener: &Listener, tls: &Negotiation, kernel: &probe::Kernel) -> Op
 }
 
 /// The listener's threshold in bytes.
-fn offload_after(listener: &Listener) -> u64 {
+fn offload_after(listener: &Listener, kernel: &probe::Kernel) -> u64 {
     match listener.offload_after {
-        OffloadAfter::Auto => OFFLOAD_AFTER_AUTO_BYTES,
+        OffloadAfter::Auto => kernel.costs.offload_after_bytes,
         OffloadAfter::Bytes(n) => n,
     }
 }
 
 /// The connection goes through the door as soon as its handshake is complete, if the suite allows.
 pub fn is_immediate(listener: &Listener, tls: &Negotiation, kernel: &probe::Kernel) -> bool {
-    is_shut(listener, tls, kernel).is_none() && offload_after(listener) == 0
+    is_shut(listener, tls, kernel).is_none() && offload_after(listener, kernel) == 0
 }
 
 /// What came of an attempt.
@@ -128,6 +124,7 @@ mod tests {
             rekey: true,
             short_splice_safe: true,
             partial_record_wakes: false,
+            costs: probe::cost::Costs::of(""),
         };
         let why = |listener: &Listener, tls: &Negotiation, kernel: &probe::Kernel| {
             (plan(listener, tls, kernel, TLS13_AES_256_GCM_SHA384).err(), is_immediate(listener, tls, kernel))

@@ -1,7 +1,12 @@
 //! Finds out, once at start, what this kernel's TLS can do; the relay is given the answers and asks for no version.
 //!
 //!   loopback pair ─▶ ULP? ─▶ each suite, each direction? ─▶ keys again? ─▶ short splices whole? ─▶ partial records quiet?
+//!
+//! What pays here cannot be tried at start; it comes from a table in `cost.rs`.
 
+pub mod cost;
+
+use self::cost::Costs;
 use crate::sys::ktls::{self, Direction, Keys};
 use crate::sys::pipe::Pipe;
 use crate::sys::socket;
@@ -26,6 +31,8 @@ pub struct Kernel {
     pub short_splice_safe: bool,
     /// A poll reports a partial record as readable (6.1): SO_RCVLOWAT has to stand in.
     pub partial_record_wakes: bool,
+    /// What pays here.
+    pub costs: Costs,
 }
 
 /// One suite, as `TLS1.3 AES-256-GCM`, and its two directions.
@@ -50,6 +57,7 @@ impl Kernel {
     /// Probes with loopback socket pairs; a few milliseconds. Loads the `tls` module where the caller may (CAP_NET_ADMIN).
     pub fn probe() -> Self {
         let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default().trim().to_owned();
+        let costs = Costs::of(&release);
         let no_ulp = Pair::new().and_then(|p| ktls::attach(p.near.as_fd())).err().map(|e| match e.raw_os_error() {
             Some(libc::ENOENT) => {
                 "the kernel has no tls module, or it is not loaded and only root may load it".to_owned()
@@ -66,6 +74,7 @@ impl Kernel {
                 rekey: false,
                 short_splice_safe: false,
                 partial_record_wakes: true,
+                costs,
             };
         }
         let suites = PROBED.iter().map(|&(name, suite)| SuiteSupport {
@@ -80,6 +89,7 @@ impl Kernel {
             rekey: accepts_again().unwrap_or(false),
             short_splice_safe: short_splices_are_whole().unwrap_or(false),
             partial_record_wakes: partial_record_wakes().unwrap_or(true),
+            costs,
         }
     }
 

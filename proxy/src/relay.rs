@@ -70,7 +70,7 @@ pub struct Client {
 pub struct Worker {
     pub counters: std::sync::Arc<Counters>,
     pub kernel: std::sync::Arc<crate::probe::Kernel>,
-    pub splice: crate::config::SpliceMode,
+    pub splicer: flow::Splicer,
     pub sockets: crate::observe::sockets::Sockets,
     pub scratch: std::cell::RefCell<Scratch>,
     pub send_memory: Rc<crate::send_room::SendMemory>,

@@ -4,13 +4,14 @@
 //!            └▶ drain: retire all, wait, cut at the deadline
 
 use crate::accept::{Listening, accept_loop, retire};
-use crate::config::{Config, Listener};
+use crate::config::{Config, Listener, SpliceMode};
 use crate::observe::counters::Counters;
 use crate::observe::live::Connection;
 use crate::observe::maps::Maps;
 use crate::observe::sockets::Sockets;
 use crate::pipes::{Pipes, Share};
 use crate::probe::Kernel;
+use crate::relay::flow::Splicer;
 use crate::relay::{self, Scratch};
 use crate::send_room::SendMemory;
 use crate::tls::policy::Negotiation;
@@ -145,8 +146,8 @@ impl Core {
             relay: Rc::new(relay::Worker {
                 sockets: Sockets::new(maps, counters.user_endpoints.clone()),
                 counters,
+                splicer: splicer(snapshot.config.server.splice, &kernel),
                 kernel,
-                splice: snapshot.config.server.splice,
                 scratch: RefCell::new(Scratch::new()),
                 send_memory: SendMemory::new(send_cap(&snapshot.config)),
                 pool: Pool::default(),
@@ -167,6 +168,15 @@ impl Core {
 
 fn send_cap(config: &Config) -> usize {
     config.limits.send_memory_bytes / config.server.workers.get()
+}
+
+/// Who makes the splices: whom the configuration names, or who costs less on this kernel.
+fn splicer(mode: SpliceMode, kernel: &Kernel) -> Splicer {
+    match mode {
+        SpliceMode::Auto if kernel.costs.splices_on_ring => Splicer::Ring,
+        SpliceMode::Ring => Splicer::Ring,
+        SpliceMode::Auto | SpliceMode::Inline => Splicer::Inline,
+    }
 }
 
 fn pipe_cap(config: &Config) -> usize {

@@ -52,10 +52,7 @@ impl KernelTls {
 
     /// Who makes this connection's splices.
     pub fn splicer(&self) -> Splicer {
-        match self.client.worker.splice {
-            crate::config::SpliceMode::Ring => Splicer::Ring,
-            crate::config::SpliceMode::Inline | crate::config::SpliceMode::Auto => Splicer::Inline,
-        }
+        self.client.worker.splicer
     }
 
     // ---- waiting for the client

@@ -177,7 +177,7 @@ fn median(counts: &[Count], pick: fn(&Count) -> f64) -> f64 {
 fn scale(kind: &str) -> (f64, &'static str) {
     match kind {
         "down" | "up" | "both" => (1e9, "G/GiB"),
-        "request" | "open-loop" => (1e3, "k/request"),
+        "request" | "open-loop" | "mixed" => (1e3, "k/request"),
         _ => (1e6, "M/conn."),
     }
 }
