@@ -284,9 +284,10 @@ fn run(options: &RunOptions) -> Result<()> {
     let plan = Plan {
         programs: Programs { tlsplice: options.tlsplice.clone(), root: options.peers_root.clone() },
         peers,
-        kinds: match (options.kinds.is_empty(), options.curve.is_empty()) {
-            (true, true) => Kind::ALL.into_iter().filter(|kind| kind.is_compared()).collect(),
-            (_, _) => options.kinds.clone(),
+        kinds: if options.kinds.is_empty() && options.curve.is_empty() {
+            Kind::ALL.into_iter().filter(|kind| kind.is_compared()).collect()
+        } else {
+            options.kinds.clone()
         },
         curve: options.curve.iter().map(|kib| kib << 10).collect(),
         rounds: options.rounds.unwrap_or(if options.quick { 5 } else { 9 }),

@@ -107,9 +107,9 @@ impl Sock {
         !self.writable
     }
 
-    /// Bytes that are worth having ready for this client; 0: its queue is to become shorter first.
-    pub fn room_bytes(&self) -> usize {
-        self.room.as_ref().map_or(usize::MAX, |room| room.left_bytes(&self.fd))
+    /// Bytes that are worth having ready for this client; `None`: its queue has to become shorter first.
+    pub fn room_bytes(&self) -> Option<usize> {
+        self.room.as_ref().map_or(Some(usize::MAX), |room| room.left_bytes(&self.fd))
     }
 
     /// True when there is more room now than there was.

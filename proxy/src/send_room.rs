@@ -86,14 +86,14 @@ impl Room {
         self.wide.as_ref().is_some_and(|wide| !wide.over.get())
     }
 
-    /// What the client's queue still takes, or 0 until the kernel calls it writable again, which is below half of its
-    /// limit. One that is empty has no measure: how much goes out at once only the kernel knows.
-    pub fn left_bytes(&self, client: &Rc<OwnedFd>) -> usize {
+    /// What the client's queue still takes, or nothing until the kernel calls it writable again, which is below half of
+    /// its limit. One that is empty has no measure: how much goes out at once only the kernel knows.
+    pub fn left_bytes(&self, client: &Rc<OwnedFd>) -> Option<usize> {
         let limit = if self.is_wide() { WIDE_BYTES } else { self.own_bytes };
         match socket::unsent(client.as_fd()) {
-            Ok(0) | Err(_) => usize::MAX,
-            Ok(unsent) if unsent < limit / 2 => limit - unsent,
-            Ok(_) => 0,
+            Ok(0) | Err(_) => Some(usize::MAX),
+            Ok(unsent) if unsent < limit / 2 => Some(limit - unsent),
+            Ok(_) => None,
         }
     }
 

@@ -218,7 +218,7 @@ impl Exchange {
                 }
                 Ok(Poll::Ready(Some(n)))
             }
-            Sealed::Nothing | Sealed::Full => Ok(Poll::Ready(None)),
+            Sealed::Nothing => Ok(Poll::Ready(None)),
             Sealed::Eof if until_close => {
                 self.download = Download::Done;
                 Ok(Poll::Ready(Some(0)))

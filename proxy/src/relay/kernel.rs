@@ -227,7 +227,7 @@ impl Kernel {
         let mut scratch = worker.scratch.borrow_mut();
         match ready!(self.tls.fill_down(cx, &mut self.down_flow, &mut self.upstream, &mut scratch, TURN_BYTES)) {
             Sealed::Bytes(n) => return Poll::Ready(n),
-            Sealed::Nothing | Sealed::Full => {}
+            Sealed::Nothing => {}
             Sealed::Eof => self.down = Down::Closing,
             Sealed::Broken => self.down = Down::Broken,
         }

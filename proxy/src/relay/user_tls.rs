@@ -36,8 +36,8 @@ pub struct UserTls {
     pub to_client: Spare,
     /// The upstream has much to say: how much the client's queue takes is asked before it is read.
     flows: bool,
-    /// Nothing is read for the client until its queue is shorter.
-    is_full: bool,
+    /// Nothing is read for the client until its queue is shorter: its bytes stay with the upstream.
+    waits_for_room: bool,
     /// The client has changed its key since the handshake.
     pub rekeyed: bool,
     /// The client has asked for a KeyUpdate of ours.
@@ -74,10 +74,8 @@ pub enum Sealed {
     Bytes(usize),
     /// The upstream's FIN.
     Eof,
-    /// Nothing to read now.
+    /// Nothing to read now, or nothing that the client has room for.
     Nothing,
-    /// Nothing is read until the client has taken some of what it was sent.
-    Full,
     /// The upstream is gone.
     Broken,
 }
@@ -92,7 +90,7 @@ impl UserTls {
             leftover,
             to_client: Spare::default(),
             flows: false,
-            is_full: false,
+            waits_for_room: false,
             rekeyed: false,
             reply_owed: false,
             storm: Storm::default(),
@@ -248,23 +246,22 @@ impl UserTls {
 
     /// Something waits for the client to take it: what is sealed here, or what is left with the upstream.
     pub fn is_blocked(&self) -> bool {
-        !self.to_client.is_empty() || (self.is_full && !self.client.sock.writable)
+        !self.to_client.is_empty() || self.waits_for_room
     }
 
-    /// How much to read for the client: no more than it takes, or a stalled one makes us keep the rest. 0: nothing now.
-    fn appetite(&mut self) -> usize {
-        self.is_full = false;
-        if !self.flows {
-            return FIRST_READ_BYTES;
-        }
-        match self.client.sock.room_bytes() {
-            0 if self.client.sock.is_full() => {
-                self.is_full = true;
-                0
-            }
-            0 => FIRST_READ_BYTES,
-            room => (room / PLAIN_BYTES).clamp(1, COPY_RECORDS) * PLAIN_BYTES,
-        }
+    /// How much to read for the client: no more than it takes, or a stalled one makes us keep the rest. `None`: its queue
+    /// has to become shorter before.
+    fn appetite(&mut self) -> Option<usize> {
+        let sock = &mut self.client.sock;
+        let room = if self.flows { sock.room_bytes() } else { Some(FIRST_READ_BYTES) };
+        let appetite = match room {
+            Some(room) => Some((room / PLAIN_BYTES).clamp(1, COPY_RECORDS) * PLAIN_BYTES),
+            None if sock.is_full() => None,
+            // It has got more room.
+            None => Some(FIRST_READ_BYTES),
+        };
+        self.waits_for_room = appetite.is_none();
+        appetite
     }
 
     /// Seals a short record of ours behind what the client has not taken yet.
@@ -300,15 +297,14 @@ impl UserTls {
         self.to_client.flush(&mut self.client.sock)
     }
 
-    /// Reads at most `max` bytes of plaintext, as far as the client takes them, to where their records will be, seals them there and sends them.
+    /// Reads at most `max` bytes of plaintext, and no more than the client has room for, to where their records will be,
+    /// seals them there and sends them.
     pub fn seal_from(&mut self, upstream: &mut Sock, scratch: &mut Scratch, max: u64) -> Result<Sealed, Ended> {
         let (head, tail) = (self.keys.tx.head_bytes(), self.keys.tx.tail_bytes());
         let slot_bytes = head + PLAIN_BYTES + tail;
         let slots = &mut scratch.sealed[..slot_bytes * COPY_RECORDS];
-        let wanted = match self.appetite() {
-            0 => return Ok(Sealed::Full),
-            appetite => usize::try_from(max).unwrap_or(usize::MAX).min(appetite),
-        };
+        let Some(appetite) = self.appetite() else { return Ok(Sealed::Nothing) };
+        let wanted = usize::try_from(max).unwrap_or(usize::MAX).min(appetite);
         let mut left = wanted;
         let mut chunks = slots.chunks_exact_mut(slot_bytes);
         let mut body = || {

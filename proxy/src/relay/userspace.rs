@@ -220,7 +220,7 @@ impl Userspace {
             match self.tls.seal_from(&mut self.upstream, scratch, u64::MAX)? {
                 Sealed::Bytes(moved) => budget = budget.saturating_sub(moved),
                 Sealed::Eof => self.down = Down::Closing,
-                Sealed::Nothing | Sealed::Full => return Ok(Turn::Wait),
+                Sealed::Nothing => return Ok(Turn::Wait),
                 Sealed::Broken => {
                     self.down = Down::Broken;
                     return Ok(Turn::Wait);

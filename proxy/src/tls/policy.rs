@@ -354,6 +354,7 @@ pub(crate) mod tests {
         assert!(group(Policy::Labs100, "X25519").is_err() && group(Policy::Labs100, "P-384").is_ok());
         assert!(suite(Policy::Labs100, "TLS_RSA_WITH_AES_128_CBC_SHA").expect_err("no").contains("grade is B"));
     }
+
     #[cfg(feature = "fips")]
     #[test]
     fn the_policy_fips_is_what_the_validated_module_does() {

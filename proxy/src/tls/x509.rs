@@ -236,6 +236,7 @@ mod tests {
         let said = Seen::read(&CertificateDer::from(der)).err();
         assert_eq!(said.as_deref(), Some("it names two different algorithms for its one signature"));
     }
+
     #[test]
     fn a_name_or_a_key_that_is_cut_short_within_is_none() {
         // Each behind the length that is made smaller: of what holds type and value, and of the bits of the point.
