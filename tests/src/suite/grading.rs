@@ -167,38 +167,18 @@ fn judge(variable: &str) -> Result<PathBuf> {
     Ok(PathBuf::from(path))
 }
 
-/// How much testssl.sh is asked; it is a shell script, and all of it takes minutes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Asked {
-    /// What it wants done before it grades.
-    Grade,
-    /// And the suites one by one, which its scores count.
-    Scores,
-    /// Everything that it has.
-    All,
-}
+/// The checks that testssl.sh wants done before it grades, and no more.
+const RATED: [&str; 17] =
+    ["-p", "-s", "-f", "-S", "-h", "-H", "-I", "-T", "--robot", "-R", "-C", "-O", "-Z", "-D", "-A", "-4", "-J"];
 
-impl Asked {
-    fn arguments(self) -> &'static [&'static str] {
-        // `-P` counts for the scores alone.
-        const RATED: [&str; 18] = [
-            "-p", "-s", "-f", "-S", "-h", "-H", "-I", "-T", "--robot", "-R", "-C", "-O", "-Z", "-D", "-A", "-4", "-J",
-            "-P",
-        ];
-        match self {
-            Self::Grade => &RATED[..17],
-            Self::Scores => &RATED,
-            Self::All => &[],
-        }
-    }
-}
-
-/// What testssl.sh finds: id, severity and finding of each.
-fn testssl(ctx: &Context, address: SocketAddr, roots: &Path, asked: Asked) -> Result<Vec<(String, String, String)>> {
+/// What testssl.sh finds: id, severity and finding of each; without `all`, what it grades by.
+fn testssl(ctx: &Context, address: SocketAddr, roots: &Path, all: bool) -> Result<Vec<(String, String, String)>> {
     let report = ctx.environment.tmp.join(format!("testssl-{}.json", address.port()));
     let mut command = Command::new(judge("TLSPLICE_TESTSSL")?);
     command.args(["--quiet", "--color", "0", "--warnings", "off", "--ip", "127.0.0.1", "--add-ca"]).arg(roots);
-    command.args(asked.arguments());
+    if !all {
+        command.args(RATED);
+    }
     command.arg("--jsonfile").arg(&report).arg(format!("{}:{}", crate::certificate::NAME, address.port()));
     let output = command.stdin(Stdio::null()).output().context("run testssl.sh")?;
     let text = fs::read_to_string(&report).with_context(|| String::from_utf8_lossy(&output.stdout).into_owned())?;
@@ -215,7 +195,8 @@ struct Case<'a> {
     mode: &'static str,
     policy: &'a str,
     certificates: Vec<&'a Issued>,
-    asked: Asked,
+    /// All that testssl.sh has is asked, and its scores count; it takes minutes.
+    all: bool,
     mozilla: Option<&'a str>,
 }
 
@@ -242,16 +223,16 @@ fn judged(ctx: &Context) -> Result<()> {
     const SHORT: &str = "keepalive_timeout 2s; client_header_timeout 2s;";
     let behind = Nginx::start(ctx, "judged-nginx", &[(None, format!("{SHORT} {HSTS}")), (None, SHORT.to_owned())])?;
     let judges = Judges { roots, behind };
-    let case = |mode, policy, certificates, asked, mozilla| Case { mode, policy, certificates, asked, mozilla };
+    let case = |mode, policy, certificates, all, mozilla| Case { mode, policy, certificates, all, mozilla };
     let both = || vec![&ecdsa, &rsa];
     // The longest first.
     let cases = [
-        case("http", "a-plus", both(), Asked::All, None),
-        case("tcp", "labs-100", vec![&strong], Asked::Scores, None),
-        case("tcp", "a-plus", both(), Asked::Grade, Some("intermediate")),
-        case("http", "a-plus", vec![&rsa], Asked::Grade, None),
-        case("http", "a-plus", vec![&ecdsa], Asked::Grade, None),
-        case("tcp", "modern", vec![&ecdsa], Asked::Grade, Some("modern")),
+        case("http", "a-plus", both(), true, None),
+        case("tcp", "labs-100", vec![&strong], true, None),
+        case("tcp", "a-plus", both(), false, Some("intermediate")),
+        case("http", "a-plus", vec![&rsa], false, None),
+        case("http", "a-plus", vec![&ecdsa], false, None),
+        case("tcp", "modern", vec![&ecdsa], false, Some("modern")),
     ];
     // A judge does one thing after the other, so two cases take little more time than one.
     let next = AtomicUsize::new(0);
@@ -269,7 +250,7 @@ fn judged(ctx: &Context) -> Result<()> {
 
 impl Case<'_> {
     fn judge(&self, ctx: &Context, judges: &Judges) -> Result<()> {
-        let Self { mode, policy, certificates, asked, mozilla } = self;
+        let Self { mode, policy, certificates, all, mozilla } = self;
         let (is_http, roots) = (*mode == "http", &judges.roots);
         let scores = if *policy == "labs-100" { ["100"; 3] } else { ["100", "90", "90"] };
         let upstream = Upstream::manual(&ctx.environment, Kind::V4)?;
@@ -289,8 +270,8 @@ impl Case<'_> {
             let head = head_of(address, roots)?;
             ensure!(head.contains("\r\nstrict-transport-security: max-age=63072000"), "curl -I: {head}");
         }
-        let found = testssl(ctx, address, roots, *asked)?;
-        let theirs = agrees(&found, scores, *asked)?;
+        let found = testssl(ctx, address, roots, *all)?;
+        let theirs = agrees(&found, scores, *all)?;
         if let Some(mozilla) = mozilla {
             sslyze(roots, address, mozilla)?;
         }
@@ -306,12 +287,12 @@ impl Case<'_> {
 }
 
 /// What testssl.sh has found is an A+ with these scores, and nothing above LOW that the server causes. Gives the scores.
-fn agrees(found: &[(String, String, String)], scores: [&str; 3], asked: Asked) -> Result<String> {
+fn agrees(found: &[(String, String, String)], scores: [&str; 3], all: bool) -> Result<String> {
     let of = |id: &str| found.iter().find(|(found, _, _)| found == id).map(|(_, _, finding)| finding.as_str());
     ensure!(of("overall_grade") == Some("A+"), "testssl says {:?}", of("overall_grade"));
     let theirs =
         ["protocol_support_score", "key_exchange_score", "cipher_strength_score"].map(|id| of(id).unwrap_or_default());
-    ensure!(asked == Asked::Grade || theirs == scores, "testssl scores {theirs:?}, expected {scores:?}");
+    ensure!(!all || theirs == scores, "testssl scores {theirs:?}, expected {scores:?}");
     // An id may have the certificate's number behind it.
     let is_of_the_test = |id: &str| id.split(' ').next().is_some_and(|id| NOT_OURS.contains(&id));
     // WARN: a check of testssl.sh that came to no result, as on a busy machine.
