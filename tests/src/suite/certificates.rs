@@ -153,7 +153,9 @@ fn under_load(ctx: &Context) -> Result<()> {
     let load = Load::new(&folder)?;
     let mut share = Share::new(folder.join("share"), &load.leaves[0])?;
     let setup = load.serve(ctx, share.link.clone())?;
-    let shaken = load.replaced(ctx, &setup, REPLACEMENTS, |turn, to| share.replace(WAYS[turn % WAYS.len()], to))?;
+    let patience = ctx.environment.patience();
+    let shaken =
+        load.replaced(&setup, REPLACEMENTS, patience, |turn, to| share.replace(WAYS[turn % WAYS.len()], to))?;
     let log = setup.proxy.log();
     let refused = log.matches("are refused").count();
     ctx.note(&format!("{REPLACEMENTS} replacements, {refused} bad ones refused; {shaken}"));
@@ -196,12 +198,12 @@ impl Load {
     }
 
     /// Replaces them so often while handshakes go on, each of which has to see the certificate before or behind the
-    /// replacement that is under way. Says how many handshakes there were.
+    /// replacement that is under way, which has to be served within `patience`. Says how many handshakes there were.
     pub(super) fn replaced(
         &self,
-        ctx: &Context,
         setup: &Setup,
         times: usize,
+        patience: Duration,
         mut replace: impl FnMut(usize, &Issued) -> Result<()>,
     ) -> Result<String> {
         let (config, address) = (client(&self.authority)?, setup.proxy.address(0));
@@ -228,8 +230,7 @@ impl Load {
                 now.store(turn, Relaxed);
                 let to = (turn + 1) % leaves.len();
                 replace(turn, &self.leaves[to]).with_context(|| format!("replacement {turn}"))?;
-                // A share whose server has just started lets nobody in for a while.
-                let deadline = Instant::now() + ctx.environment.patience() * 3;
+                let deadline = Instant::now() + patience;
                 while handshake(&config, address)? != leaves[to] {
                     ensure!(Instant::now() < deadline, "replacement {turn} is not served: {}", setup.proxy.log_tail());
                     thread::sleep(POLL / 4);

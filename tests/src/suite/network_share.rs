@@ -53,7 +53,9 @@ fn replaced_on_nfs(ctx: &Context) -> Result<()> {
     // Another node writes, and its changes come by the network.
     let mut share = Share::new(nfs.export.clone(), &load.leaves[0])?;
     let setup = load.serve(ctx, nfs.mounted.join("live"))?;
-    let shaken = load.replaced(ctx, &setup, REPLACEMENTS, |turn, to| {
+    // A server that has just started lets nobody in for a while.
+    let patience = ctx.environment.patience() * 3;
+    let shaken = load.replaced(&setup, REPLACEMENTS, patience, |turn, to| {
         if STOPPED_AT.contains(&turn) {
             nfs.stop()?;
             thread::sleep(FAULT);
