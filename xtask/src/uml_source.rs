@@ -64,14 +64,18 @@ fn count_system_calls(tree: &Path) -> Result<()> {
     write(&path, &source)
 }
 
-/// The scheduler's clock counts ticks there; with the host's clock the CPU time of a process is exact.
+/// The scheduler's clock counts ticks there; with the host's clock the CPU time of a process is exact. The one in the source is
+/// only for its simulated time, which is not built: ours stands where it is built whatever the configuration.
 fn make_the_clock_exact(tree: &Path) -> Result<()> {
     let path = tree.join("arch/um/kernel/time.c");
-    let source = read(&path)?;
+    write(&path, &exact_clock(&read(&path)?)?)
+}
+
+fn exact_clock(source: &str) -> Result<String> {
     let head = "unsigned long long sched_clock(void)\n{\n";
-    let body = source.find(head).context("there is no sched_clock where it was")? + head.len();
-    let end = body + source[body..].find("\n}").context("sched_clock has no end")?;
-    write(&path, &[&source[..body], "\treturn os_nsecs();", &source[end..]].concat())
+    let renamed = "static unsigned long long __maybe_unused sched_clock_of_ticks(void)\n{\n";
+    let source = replace_once(source, head, |_| renamed.to_owned())?;
+    Ok(format!("{source}\nnotrace unsigned long long sched_clock(void)\n{{\n\treturn os_nsecs();\n}}\n"))
 }
 
 fn replace_once(text: &str, what: &str, by: impl Fn(&str) -> String) -> Result<String> {
@@ -90,6 +94,14 @@ fn write(path: &Path, content: &str) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_exact_clock_stands_outside_every_condition() {
+        let source = "#ifdef X\nnotrace unsigned long long sched_clock(void)\n{\n\treturn jiffies;\n}\n#endif\n";
+        let changed = exact_clock(source).unwrap();
+        assert_eq!(changed.matches(" sched_clock(void)").count(), 1);
+        assert!(changed.find("return os_nsecs();").unwrap() > changed.find("#endif").unwrap(), "{changed}");
+    }
 
     #[test]
     fn a_change_that_finds_another_source_says_so() {
