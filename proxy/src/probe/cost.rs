@@ -18,9 +18,9 @@ pub struct Costs {
 type Row = ((u32, u32), Costs);
 
 /// Oldest first. One row does for all: what the door costs is the same 50 to 60 thousand instructions from 6.12 to 7.2, and in
-/// instructions alone no series pays for it, so what a byte gains is a matter of time, which was measured on 7.2 only: 128 KiB
-/// lies between the 100 KiB up and the 240 KiB down after which a minimal relay had it back there. The ring costs more than the
-/// worker's own thread on 6.12, the one series on which it was counted.
+/// instructions alone no series pays for it, so what a byte gains is a matter of time, which was measured on 7.2 only. 128 KiB
+/// is older than that measurement, which says 1 MiB down and more up. The ring costs more than the worker's own thread: on 7.2
+/// in time, on 6.12 in instructions.
 const ROWS: [Row; 1] = [((6, 1), Costs { offload_after_bytes: 128 << 10, splices_on_ring: false })];
 
 impl Costs {
