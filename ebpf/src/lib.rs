@@ -1,8 +1,8 @@
 //! Types that the eBPF program and the proxy share: the layout of the pinned maps.
 //!
 //!   map            key              value        written by            pinned
-//!   LABELS         a socket         Labels       user space            yes    (children inherit their listener's)
-//!   PROGRESS       a socket         Progress     the program           yes
+//!   SOCKETS        a socket         Socket       the program           yes    (begun by user space, inherited from listeners)
+//!   HANDSHAKES     a socket         Handshake    user space            yes    (clients, once they have one)
 //!   ENDPOINTS      row, each CPU    Sums         the program           yes
 //!   CLASSES        row, each CPU    ClassSums    the program           yes
 //!   ENDPOINT_NAMES row              EndpointName user space            yes
@@ -12,7 +12,7 @@
 //!
 //! Any change of a size or a meaning here is a new `LAYOUT`: maps of another one are left alone where they are. The
 //! memory is bounded by the rows: 256 endpoints and 1024 classes are 262 KiB for each CPU, all names and words 528 KiB,
-//! and each socket has 128 bytes of its own.
+//! and each socket has 104 bytes of values.
 
 #![no_std]
 
@@ -32,21 +32,21 @@ pub const BUCKETS: usize = 32;
 /// Samples that user space counts and wants to find again.
 pub const WORDS: usize = 1024;
 
-/// Who a socket belongs to: the reason why it is counted at all.
+/// What a client's handshake gave.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Labels {
-    /// A row of ENDPOINTS.
-    pub endpoint: u32,
-    /// A row of CLASSES, or `NO_CLASS`; 0 until the handshake is complete.
+pub struct Handshake {
+    /// A row of CLASSES.
     pub class: u32,
+    pub padding: u32,
 }
 
-/// What has been accounted for a socket.
+/// Who a socket belongs to, which is the reason why it is counted at all, and what has been accounted for it. User space
+/// gives it to listeners before they listen and to upstreams before they connect; from then on it is the program's.
 #[repr(C)]
-#[derive(Debug, Clone, Copy)]
-pub struct Progress {
-    /// When it was established, and when it was last accounted, in nanoseconds of the monotonic clock.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Socket {
+    /// When it was established, 0 until then, and when it was last accounted, in nanoseconds of the monotonic clock.
     pub since_ns: u64,
     pub flushed_ns: u64,
     /// tcp_info's counts at that moment: an active socket's SYN is one byte of them.
@@ -62,6 +62,7 @@ pub struct Progress {
     pub half_received: u64,
     pub retransmits: u32,
     pub class_retransmits: u32,
+    /// A row of ENDPOINTS.
     pub endpoint: u32,
     /// The class that counts it as live; 0: none yet; `NO_CLASS`: it never has one.
     pub class: u32,
@@ -141,6 +142,30 @@ pub struct ClassName {
 
 /// The sample that a word is, with its labels. Empty: none.
 pub type WordName = Text<192>;
+
+impl Socket {
+    /// One that is not established yet. Only clients of a TLS listener have a handshake to be told apart by.
+    #[must_use]
+    pub const fn new(endpoint: u32, has_handshake: bool) -> Self {
+        Self {
+            since_ns: 0,
+            flushed_ns: 0,
+            base_received: 0,
+            base_acked: 0,
+            bytes_in: 0,
+            bytes_out: 0,
+            class_in: 0,
+            class_out: 0,
+            half_received: 0,
+            retransmits: 0,
+            class_retransmits: 0,
+            endpoint,
+            class: if has_handshake { 0 } else { NO_CLASS },
+            flags: 0,
+            padding: 0,
+        }
+    }
+}
 
 impl<const N: usize> Text<N> {
     pub const EMPTY: Self = Self([0; N]);

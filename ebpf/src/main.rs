@@ -1,4 +1,4 @@
-//! Counts the connections of sockets that user space has labelled.
+//! Counts the connections of sockets that user space has begun to count.
 //!
 //!   connect ─▶ established ─▶ [round trip: account, at most every 100 ms] ─▶ state changes ─▶ closed: account the rest
 //!
@@ -23,7 +23,7 @@ use aya_ebpf::programs::SockOpsContext;
 use core::intrinsics::{AtomicOrdering, atomic_xadd};
 use core::ptr::null_mut;
 use tlsplice_ebpf::{
-    BUCKETS, CLASSES, ClassName, ClassSums, ENDPOINTS, EndpointName, Histogram, Labels, NO_CLASS, Progress, Sums,
+    BUCKETS, CLASSES, ClassName, ClassSums, ENDPOINTS, EndpointName, Handshake, Histogram, NO_CLASS, Socket, Sums,
     WORDS, WordName,
 };
 
@@ -39,7 +39,6 @@ const STATE: u32 = 10;
 const RTT: u32 = 12;
 const STATE_FLAG: u32 = 1 << 2;
 const RTT_FLAG: u32 = 1 << 3;
-const STORAGE_CREATE: u64 = 1;
 const CLONE: usize = 1 << 9;
 
 // include/net/tcp_states.h
@@ -55,7 +54,7 @@ const CLOSING: u32 = 11;
 /// How often a connection that lives is accounted at most.
 const ACCOUNT_NS: u64 = 100_000_000;
 
-// Flags of Progress.
+// Flags of Socket.
 const FIN_RECEIVED: u32 = 1;
 const FIN_ACKNOWLEDGED: u32 = 2;
 const FIRST_ACK: u32 = 4;
@@ -80,7 +79,7 @@ impl<T, const FLAGS: usize> Storage<T, FLAGS> {
     }
 
     #[inline(always)]
-    fn get(&'static self, ops: *mut bpf_sock_ops, flags: u64) -> Option<&'static mut T> {
+    fn get(&'static self, ops: *mut bpf_sock_ops) -> Option<&'static mut T> {
         // SAFETY: the context is the kernel's; `sk` is null where there is no full socket.
         let sk = unsafe { (*ops).__bindgen_anon_2.sk };
         if sk.is_null() {
@@ -88,14 +87,14 @@ impl<T, const FLAGS: usize> Storage<T, FLAGS> {
         }
         let map = (&raw const *self).cast_mut();
         // SAFETY: the helper gives null or a value that lives as long as the socket, whose lock is held.
-        unsafe { bpf_sk_storage_get(map.cast(), sk.cast(), null_mut(), flags).cast::<T>().as_mut() }
+        unsafe { bpf_sk_storage_get(map.cast(), sk.cast(), null_mut(), 0).cast::<T>().as_mut() }
     }
 }
 
 #[btf_map]
-static LABELS: Storage<Labels, { BPF_F_NO_PREALLOC as usize | CLONE }> = Storage::new();
+static SOCKETS: Storage<Socket, { BPF_F_NO_PREALLOC as usize | CLONE }> = Storage::new();
 #[btf_map]
-static PROGRESS: Storage<Progress, { BPF_F_NO_PREALLOC as usize }> = Storage::new();
+static HANDSHAKES: Storage<Handshake, { BPF_F_NO_PREALLOC as usize }> = Storage::new();
 #[btf_map(name = "ENDPOINTS")]
 static ENDPOINT_SUMS: PerCpuArray<Sums, ENDPOINTS> = PerCpuArray::new();
 #[btf_map(name = "CLASSES")]
@@ -114,7 +113,7 @@ pub fn tlsplice(ctx: SockOpsContext) -> u32 {
     let ops = ctx.ops;
     match ctx.op() {
         CONNECT => {
-            if LABELS.get(ops, 0).is_some() {
+            if SOCKETS.get(ops).is_some() {
                 watch(&ctx, STATE_FLAG);
             }
         }
@@ -137,20 +136,17 @@ fn watch(ctx: &SockOpsContext, flags: u32) {
 #[inline(always)]
 fn established(ctx: &SockOpsContext) {
     let ops = ctx.ops;
-    let Some(labels) = LABELS.get(ops, 0) else { return };
-    let Some(progress) = PROGRESS.get(ops, STORAGE_CREATE) else { return };
+    let Some(socket) = SOCKETS.get(ops) else { return };
     // SAFETY: a helper without arguments.
     let now = unsafe { bpf_ktime_get_ns() };
-    progress.since_ns = now;
-    progress.flushed_ns = now;
+    socket.since_ns = now;
+    socket.flushed_ns = now;
     // SAFETY: fields of the kernel's context.
     unsafe {
-        progress.base_received = (*ops).bytes_received;
-        progress.base_acked = (*ops).bytes_acked;
+        socket.base_received = (*ops).bytes_received;
+        socket.base_acked = (*ops).bytes_acked;
     }
-    progress.endpoint = labels.endpoint;
-    progress.class = if labels.class == NO_CLASS { NO_CLASS } else { 0 };
-    if let Some(sums) = ENDPOINT_SUMS.get_ptr_mut(labels.endpoint) {
+    if let Some(sums) = ENDPOINT_SUMS.get_ptr_mut(socket.endpoint) {
         // SAFETY: a row of the map.
         add(unsafe { &raw mut (*sums).opened }, 1);
     }
@@ -162,39 +158,39 @@ fn changed(ops: *mut bpf_sock_ops, old: u32, new: u32) {
     if new != CLOSED && new != CLOSE_WAIT && new != CLOSING && new != FIN_WAIT2 {
         return;
     }
-    let Some(progress) = PROGRESS.get(ops, 0) else {
+    let Some(socket) = SOCKETS.get(ops) else { return };
+    if socket.since_ns == 0 {
         if old == SYN_SENT && new == CLOSED {
-            refused(ops);
+            refused(socket);
         }
         return;
-    };
+    }
     // SAFETY: fields of the kernel's context.
     let (received, sent_all) = unsafe { ((*ops).bytes_received, (*ops).snd_una == (*ops).snd_nxt) };
     if new == CLOSE_WAIT || new == CLOSING {
-        progress.flags |= FIN_RECEIVED;
+        socket.flags |= FIN_RECEIVED;
     } else if new == FIN_WAIT2 {
-        progress.flags |= FIN_ACKNOWLEDGED;
-        progress.half_received = received;
+        socket.flags |= FIN_ACKNOWLEDGED;
+        socket.half_received = received;
     } else if new == CLOSED {
         let mut aborted = old == ESTABLISHED || old == FIN_WAIT1 || old == CLOSE_WAIT;
         if old == LAST_ACK || old == CLOSING {
             if sent_all {
-                progress.flags |= FIN_ACKNOWLEDGED;
+                socket.flags |= FIN_ACKNOWLEDGED;
             } else {
                 aborted = true;
             }
-        } else if old == FIN_WAIT2 && received > progress.half_received {
+        } else if old == FIN_WAIT2 && received > socket.half_received {
             // By the peer's FIN, or by a reset behind further data, which would be one byte too few.
-            progress.flags |= FIN_RECEIVED;
+            socket.flags |= FIN_RECEIVED;
         }
-        closed(ops, progress, aborted);
+        closed(ops, socket, aborted);
     }
 }
 
 #[inline(always)]
-fn refused(ops: *mut bpf_sock_ops) {
-    let Some(labels) = LABELS.get(ops, 0) else { return };
-    if let Some(sums) = ENDPOINT_SUMS.get_ptr_mut(labels.endpoint) {
+fn refused(socket: &Socket) {
+    if let Some(sums) = ENDPOINT_SUMS.get_ptr_mut(socket.endpoint) {
         // SAFETY: a row of the map.
         add(unsafe { &raw mut (*sums).refused }, 1);
     }
@@ -202,39 +198,41 @@ fn refused(ops: *mut bpf_sock_ops) {
 
 #[inline(always)]
 fn round_trip(ops: *mut bpf_sock_ops) {
-    let Some(progress) = PROGRESS.get(ops, 0) else { return };
+    let Some(socket) = SOCKETS.get(ops) else { return };
     // SAFETY: a helper without arguments.
     let now = unsafe { bpf_ktime_get_ns() };
     // SAFETY: fields of the kernel's context.
     let (acked, state) = unsafe { ((*ops).bytes_acked, (*ops).state) };
-    if progress.flags & FIRST_ACK == 0 && acked > progress.base_acked {
-        progress.flags |= FIRST_ACK;
-        if let Some(sums) = ENDPOINT_SUMS.get_ptr_mut(progress.endpoint) {
+    if socket.flags & FIRST_ACK == 0 && acked > socket.base_acked {
+        socket.flags |= FIRST_ACK;
+        if let Some(sums) = ENDPOINT_SUMS.get_ptr_mut(socket.endpoint) {
             // SAFETY: a row of the map.
-            observe(unsafe { &raw mut (*sums).first_ack }, now.wrapping_sub(progress.since_ns) / 1000);
+            observe(unsafe { &raw mut (*sums).first_ack }, now.wrapping_sub(socket.since_ns) / 1000);
         }
     }
-    // One that has no class yet may have got one meanwhile.
-    if progress.class != 0 && now.wrapping_sub(progress.flushed_ns) < ACCOUNT_NS {
-        return;
+    if now.wrapping_sub(socket.flushed_ns) < ACCOUNT_NS {
+        // Too early, unless its handshake has just become known.
+        if socket.class != 0 || HANDSHAKES.get(ops).is_none() {
+            return;
+        }
     }
-    progress.flushed_ns = now;
+    socket.flushed_ns = now;
     // SAFETY: fields of the kernel's context.
     let sent_all = unsafe { (*ops).snd_una == (*ops).snd_nxt };
     let closing = state == FIN_WAIT1 || state == CLOSING || state == LAST_ACK;
     // The FIN may just have been acknowledged, which the state says only after this.
-    account(ops, progress, closing && sent_all, false);
+    account(ops, socket, closing && sent_all, false);
 }
 
 #[inline(always)]
-fn closed(ops: *mut bpf_sock_ops, progress: &mut Progress, aborted: bool) {
+fn closed(ops: *mut bpf_sock_ops, socket: &mut Socket, aborted: bool) {
     // SAFETY: a helper without arguments.
     let now = unsafe { bpf_ktime_get_ns() };
-    account(ops, progress, false, true);
-    if let Some(sums) = ENDPOINT_SUMS.get_ptr_mut(progress.endpoint) {
+    account(ops, socket, false, true);
+    if let Some(sums) = ENDPOINT_SUMS.get_ptr_mut(socket.endpoint) {
         // SAFETY: a row of the map.
         unsafe {
-            observe(&raw mut (*sums).duration, now.wrapping_sub(progress.since_ns) / 1_000_000);
+            observe(&raw mut (*sums).duration, now.wrapping_sub(socket.since_ns) / 1_000_000);
             add(&raw mut (*sums).closed, 1);
             if aborted {
                 add(&raw mut (*sums).reset, 1);
@@ -245,41 +243,40 @@ fn closed(ops: *mut bpf_sock_ops, progress: &mut Progress, aborted: bool) {
 
 /// Adds what is new. What was added never has to be taken back, as counters only rise.
 #[inline(always)]
-fn account(ops: *mut bpf_sock_ops, progress: &mut Progress, fin_acknowledged: bool, last: bool) {
-    let flags = progress.flags;
+fn account(ops: *mut bpf_sock_ops, socket: &mut Socket, fin_acknowledged: bool, last: bool) {
+    let flags = socket.flags;
     let fin_in = u64::from(flags & FIN_RECEIVED != 0);
     let fin_out = u64::from(flags & FIN_ACKNOWLEDGED != 0 || fin_acknowledged);
     // SAFETY: fields of the kernel's context.
     let (received, acked, retransmits, srtt) =
         unsafe { ((*ops).bytes_received, (*ops).bytes_acked, (*ops).total_retrans, (*ops).srtt_us) };
-    let bytes_in = received.wrapping_sub(progress.base_received).wrapping_sub(fin_in);
-    let bytes_out = acked.wrapping_sub(progress.base_acked).wrapping_sub(fin_out);
-    if let Some(sums) = ENDPOINT_SUMS.get_ptr_mut(progress.endpoint) {
+    let bytes_in = received.wrapping_sub(socket.base_received).wrapping_sub(fin_in);
+    let bytes_out = acked.wrapping_sub(socket.base_acked).wrapping_sub(fin_out);
+    if let Some(sums) = ENDPOINT_SUMS.get_ptr_mut(socket.endpoint) {
         // SAFETY: a row of the map.
         unsafe {
-            add(&raw mut (*sums).bytes_in, risen(bytes_in, &mut progress.bytes_in));
-            add(&raw mut (*sums).bytes_out, risen(bytes_out, &mut progress.bytes_out));
-            add(&raw mut (*sums).retransmits, u64::from(retransmits.wrapping_sub(progress.retransmits)));
-            progress.retransmits = retransmits;
+            add(&raw mut (*sums).bytes_in, risen(bytes_in, &mut socket.bytes_in));
+            add(&raw mut (*sums).bytes_out, risen(bytes_out, &mut socket.bytes_out));
+            add(&raw mut (*sums).retransmits, u64::from(retransmits.wrapping_sub(socket.retransmits)));
+            socket.retransmits = retransmits;
             if srtt != 0 {
                 // The kernel keeps eight times the value.
                 observe(&raw mut (*sums).rtt, u64::from(srtt >> 3));
             }
         }
     }
-    if progress.class == NO_CLASS {
+    if socket.class == NO_CLASS {
         return;
     }
-    let Some(labels) = LABELS.get(ops, 0) else { return };
-    let class = labels.class;
-    if class == NO_CLASS || (class == 0 && !last) {
+    let class = HANDSHAKES.get(ops).map_or(0, |handshake| handshake.class);
+    if class == 0 && !last {
         return;
     }
     let Some(sums) = CLASS_SUMS.get_ptr_mut(class) else { return };
-    if class != progress.class || (class == 0 && last) {
-        if progress.class != 0 {
+    if class != socket.class || (class == 0 && last) {
+        if socket.class != 0 {
             // It changes its class, as one does that goes through the door.
-            if let Some(before) = CLASS_SUMS.get_ptr_mut(progress.class) {
+            if let Some(before) = CLASS_SUMS.get_ptr_mut(socket.class) {
                 // SAFETY: a row of the map.
                 add(unsafe { &raw mut (*before).live }, u64::MAX);
             }
@@ -287,16 +284,16 @@ fn account(ops: *mut bpf_sock_ops, progress: &mut Progress, fin_acknowledged: bo
             // SAFETY: a row of the map.
             add(unsafe { &raw mut (*sums).opened }, 1);
         }
-        progress.class = class;
+        socket.class = class;
         // SAFETY: a row of the map.
         add(unsafe { &raw mut (*sums).live }, 1);
     }
     // SAFETY: a row of the map.
     unsafe {
-        add(&raw mut (*sums).bytes_in, risen(bytes_in, &mut progress.class_in));
-        add(&raw mut (*sums).bytes_out, risen(bytes_out, &mut progress.class_out));
-        add(&raw mut (*sums).retransmits, u64::from(retransmits.wrapping_sub(progress.class_retransmits)));
-        progress.class_retransmits = retransmits;
+        add(&raw mut (*sums).bytes_in, risen(bytes_in, &mut socket.class_in));
+        add(&raw mut (*sums).bytes_out, risen(bytes_out, &mut socket.class_out));
+        add(&raw mut (*sums).retransmits, u64::from(retransmits.wrapping_sub(socket.class_retransmits)));
+        socket.class_retransmits = retransmits;
         if last {
             add(&raw mut (*sums).closed, 1);
             add(&raw mut (*sums).live, u64::MAX);

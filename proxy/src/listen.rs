@@ -3,7 +3,7 @@
 
 use crate::config::Listener;
 use crate::observe::maps::Maps;
-use crate::observe::sockets::label_listener;
+use crate::observe::sockets::begin_listener;
 use crate::sys::socket::set_nodelay;
 use crate::worker::Bound;
 use socket2::{Domain, Protocol, Socket, Type};
@@ -91,7 +91,7 @@ fn reuseport(listener: &Listener, v6only: bool, maps: Option<&Maps>) -> Result<O
     socket.set_reuse_port(true).map_err(|e| ("setsockopt(SO_REUSEPORT)", e))?;
     socket.bind(&address.into()).map_err(|e| ("bind", e))?;
     if let Some(maps) = maps {
-        label_listener(maps, socket.as_fd(), listener).map_err(|e| ("label for the kernel's counts", e))?;
+        begin_listener(maps, socket.as_fd(), listener).map_err(|e| ("have it counted by the kernel", e))?;
     }
     socket.listen(BACKLOG).map_err(|e| ("listen", e))?;
     Ok(socket.into())

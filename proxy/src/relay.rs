@@ -310,7 +310,7 @@ impl Client {
     /// What the handshake gave, for all who count, and where the records are protected.
     pub fn is(&self, facts: Facts, place: Place) {
         self.identity.is(facts, place);
-        self.worker.sockets.classify(self.sock.fd(), self.identity.listener.address, facts, place);
+        self.worker.sockets.classify(self.sock.fd(), facts, place);
     }
 
     /// The records are protected elsewhere from now on.

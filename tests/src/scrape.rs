@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::io::{Read as _, Write as _};
 use std::net::{SocketAddr, TcpStream};
+use std::path::Path;
 use std::time::Duration;
 
 /// One scrape.
@@ -191,37 +192,62 @@ pub fn memory_kib(pid: u32) -> Result<(u64, &'static str)> {
     }
 }
 
-/// CPU time of all threads, user and system, in nanoseconds.
-pub fn cpu_ns(pid: u32) -> Result<u64> {
-    let mut sum = 0;
-    for task in fs::read_dir(format!("/proc/{pid}/task"))? {
-        let Ok(text) = fs::read_to_string(task?.path().join("schedstat")) else { continue };
-        sum += text.split_whitespace().next().and_then(|v| v.parse::<u64>().ok()).unwrap_or(0);
-    }
-    if sum == 0 {
-        return cpu_ticks_ns(pid);
-    }
-    Ok(sum)
+/// What each thread of a process has used so far. Only differences of two are asked for, thread by thread: one of
+/// io_uring's own threads ends when it has nothing to do, and a sum would fall with it.
+#[derive(Debug, Clone)]
+pub struct Threads(BTreeMap<String, Used>);
+
+#[derive(Debug, Clone, Copy, Default)]
+struct Used {
+    cpu_ns: u64,
+    sleeps: u64,
 }
 
-/// The same from /proc/PID/stat, in steps of a tick, for kernels without schedstat.
-fn cpu_ticks_ns(pid: u32) -> Result<u64> {
+impl Threads {
+    pub fn of(pid: u32) -> Result<Self> {
+        let mut threads = BTreeMap::new();
+        for task in fs::read_dir(format!("/proc/{pid}/task")).context("read /proc/PID/task")? {
+            let task = task?;
+            // A thread may end between the listing and the look.
+            let Some(used) = Used::read(&task.path()) else { continue };
+            threads.insert(task.file_name().to_string_lossy().into_owned(), used);
+        }
+        Ok(Self(threads))
+    }
+
+    /// CPU time since an earlier look, user and system. What a thread used that has ended since is not in it.
+    pub fn cpu_since(&self, earlier: &Self) -> Duration {
+        Duration::from_nanos(self.since(earlier, |used| used.cpu_ns))
+    }
+
+    /// Times that a thread went to sleep since an earlier look.
+    pub fn sleeps_since(&self, earlier: &Self) -> u64 {
+        self.since(earlier, |used| used.sleeps)
+    }
+
+    fn since(&self, earlier: &Self, field: fn(&Used) -> u64) -> u64 {
+        let before = |thread| earlier.0.get(thread).map_or(0, field);
+        self.0.iter().map(|(thread, used)| field(used) - before(thread)).sum()
+    }
+}
+
+impl Used {
+    fn read(task: &Path) -> Option<Self> {
+        let on_cpu = fs::read_to_string(task.join("schedstat")).ok();
+        let exact = on_cpu.and_then(|text| text.split_whitespace().next()?.parse().ok()).filter(|&ns: &u64| ns > 0);
+        let status = fs::read_to_string(task.join("status")).ok()?;
+        let sleeps = status.lines().find_map(|l| l.strip_prefix("voluntary_ctxt_switches:"))?;
+        Some(Self { cpu_ns: exact.or_else(|| ticks_ns(task))?, sleeps: sleeps.trim().parse().ok()? })
+    }
+}
+
+/// CPU time of a thread from its `stat`, in steps of a tick, for kernels without schedstat.
+fn ticks_ns(task: &Path) -> Option<u64> {
     const TICK_NS: u64 = 10_000_000;
-    let text = fs::read_to_string(format!("/proc/{pid}/stat"))?;
-    let (_, rest) = text.rsplit_once(") ").context("/proc/PID/stat without a name")?;
-    let field = |n: usize| rest.split_whitespace().nth(n).and_then(|v| v.parse::<u64>().ok()).unwrap_or(0);
-    Ok((field(11) + field(12)) * TICK_NS)
-}
-
-/// Times that a thread of the process went to sleep.
-pub fn sleeps(pid: u32) -> Result<u64> {
-    let mut sum = 0;
-    for task in fs::read_dir(format!("/proc/{pid}/task"))? {
-        let Ok(text) = fs::read_to_string(task?.path().join("status")) else { continue };
-        let line = text.lines().find_map(|l| l.strip_prefix("voluntary_ctxt_switches:"));
-        sum += line.and_then(|v| v.trim().parse::<u64>().ok()).unwrap_or(0);
-    }
-    Ok(sum)
+    let text = fs::read_to_string(task.join("stat")).ok()?;
+    let (_, rest) = text.rsplit_once(") ")?;
+    let field = |n: usize| rest.split_whitespace().nth(n)?.parse::<u64>().ok();
+    Some((field(11)? + field(12)?) * TICK_NS)
 }
 
 /// A line of /proc/meminfo, in KiB.
@@ -242,6 +268,15 @@ pub fn tcp_memory_kib() -> Result<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_thread_that_ends_takes_nothing_off_the_others() {
+        let used = |cpu_ns, sleeps| Used { cpu_ns, sleeps };
+        let before = Threads(BTreeMap::from([("1".into(), used(100, 3)), ("2".into(), used(9_000, 40))]));
+        let after = Threads(BTreeMap::from([("1".into(), used(150, 4)), ("3".into(), used(7, 1))]));
+        assert_eq!(after.cpu_since(&before), Duration::from_nanos(57));
+        assert_eq!(after.sleeps_since(&before), 2);
+    }
 
     #[test]
     fn samples_are_summed_by_their_labels() {

@@ -19,14 +19,14 @@ use std::os::fd::AsFd;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use tlsplice_ebpf::{LAYOUT, Labels, NO_CLASS};
+use tlsplice_ebpf::LAYOUT;
 
 /// Where the pins are, unless the configuration says otherwise.
 pub const PINS: &str = "/sys/fs/bpf/tlsplice";
 const PROGRAM: &str = "tlsplice";
 const LINK: &str = "LINK";
 const MAPS: [&str; 8] =
-    ["LABELS", "PROGRESS", "ENDPOINTS", "CLASSES", "ENDPOINT_NAMES", "CLASS_NAMES", "USER_WORDS", "USER_NAMES"];
+    ["SOCKETS", "HANDSHAKES", "ENDPOINTS", "CLASSES", "ENDPOINT_NAMES", "CLASS_NAMES", "USER_WORDS", "USER_NAMES"];
 
 /// What has come of it.
 #[derive(Debug, Clone)]
@@ -135,7 +135,7 @@ fn load(pins: &Path) -> Result<(Maps, Vec<String>), String> {
     let mut ebpf = loader.load(object).map_err(|e| refused("make the maps", &e))?;
     // Before the program is: maps of another shape must not be written to.
     let maps = Maps::open(&folder).map_err(|e| format!("open the pinned maps: {e}"))?;
-    try_label(&maps).map_err(|e| format!("label a socket: {e}: this kernel cannot keep anything with sockets"))?;
+    try_storage(&maps).map_err(|e| format!("label a socket: {e}: this kernel cannot keep anything with sockets"))?;
     attach(&mut ebpf, &cgroup, &folder)?;
     let maps = Maps::open(&folder).map_err(|e| format!("open the pinned maps: {e}"))?;
     drop(locked);
@@ -145,9 +145,9 @@ fn load(pins: &Path) -> Result<(Maps, Vec<String>), String> {
 
 /// A kernel may make the map and refuse its values: user-mode Linux 7.2 says ENOMEM. Then a listener is no place to find
 /// out.
-fn try_label(maps: &Maps) -> io::Result<()> {
+fn try_storage(maps: &Maps) -> io::Result<()> {
     let socket = Socket::new(Domain::IPV4, Type::STREAM, None)?;
-    maps.label(socket.as_fd(), Labels { endpoint: 0, class: NO_CLASS })
+    maps.begin(socket.as_fd(), tlsplice_ebpf::Socket::new(0, false))
 }
 
 fn attach(ebpf: &mut Ebpf, cgroup: &Cgroup, folder: &Path) -> Result<(), String> {

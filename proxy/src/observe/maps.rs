@@ -13,7 +13,8 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use tlsplice_ebpf::{
-    CLASSES, ClassName, ClassSums, ENDPOINTS, EndpointName, Histogram, Labels, OTHER_CLASS, Sums, Text, WORDS, WordName,
+    CLASSES, ClassName, ClassSums, ENDPOINTS, EndpointName, Handshake, Histogram, OTHER_CLASS, Socket, Sums, Text,
+    WORDS, WordName,
 };
 
 /// The pin of the program, for its figures.
@@ -22,7 +23,8 @@ pub const PROGRAM_PIN: &str = "PROGRAM";
 /// The pins of one layout.
 #[derive(Debug)]
 pub struct Maps {
-    labels: OwnedFd,
+    sockets: OwnedFd,
+    handshakes: OwnedFd,
     endpoints: OwnedFd,
     classes: OwnedFd,
     endpoint_names: OwnedFd,
@@ -83,7 +85,8 @@ impl Maps {
             }
         };
         let maps = Self {
-            labels: pin("LABELS", None)?,
+            sockets: pin("SOCKETS", Some(Shape::of::<Socket>(0)))?,
+            handshakes: pin("HANDSHAKES", Some(Shape::of::<Handshake>(0)))?,
             endpoints: pin("ENDPOINTS", Some(Shape::of::<Sums>(ENDPOINTS)))?,
             classes: pin("CLASSES", Some(Shape::of::<ClassSums>(CLASSES)))?,
             endpoint_names: pin("ENDPOINT_NAMES", Some(Shape::of::<EndpointName>(ENDPOINTS)))?,
@@ -140,12 +143,20 @@ impl Maps {
         self.row(self.class_names.as_fd(), name, CLASSES, |rows| &mut rows.classes).unwrap_or(OTHER_CLASS)
     }
 
-    /// Marks a socket: what the program counts it under. The children of a listener inherit it.
+    /// From here on the program counts a socket that is not established yet. The children of a listener inherit it.
     ///
     /// # Errors
     /// The kernel has no memory for it; the socket is not counted then.
-    pub fn label(&self, socket: BorrowedFd<'_>, labels: Labels) -> io::Result<()> {
-        bpf::update_socket(self.labels.as_fd(), socket, &labels)
+    pub fn begin(&self, fd: BorrowedFd<'_>, socket: Socket) -> io::Result<()> {
+        bpf::update_socket(self.sockets.as_fd(), fd, &socket)
+    }
+
+    /// What the handshake of a client gave, as a row.
+    ///
+    /// # Errors
+    /// As `begin`; it stays in the class that it had.
+    pub fn classify(&self, client: BorrowedFd<'_>, class: u32) -> io::Result<()> {
+        bpf::update_socket(self.handshakes.as_fd(), client, &Handshake { class, padding: 0 })
     }
 
     /// Everything that the kernel has counted.

@@ -1,8 +1,8 @@
 //! What a worker says of its sockets: whose they are, and what the handshake gave.
 //!
-//!   listener bound ─▶ label (its children inherit it)      connect ─▶ label      handshake, door ─▶ class
+//!   listener bound ─▶ begin (its children inherit it)      connect ─▶ begin      handshake, door ─▶ classify
 //!
-//! Labels are rows of the pinned maps; each worker remembers which it has used. What the kernel does not see (unix
+//! Endpoints and classes are rows of the pinned maps; each worker remembers which it has used. What the kernel does not see (unix
 //! sockets, or everything where it does not count) is counted here, under the same names.
 
 use super::counters::{Count, Decline, Label};
@@ -16,7 +16,7 @@ use std::hash::{Hash, Hasher};
 use std::net::SocketAddr;
 use std::os::fd::BorrowedFd;
 use std::sync::{Arc, Mutex, PoisonError};
-use tlsplice_ebpf::{ClassName, EndpointName, Labels, NO_CLASS, Text};
+use tlsplice_ebpf::{ClassName, EndpointName, Socket, Text};
 
 /// Server names that are told apart; a further one is "other". They are those of the certificates, so that no client
 /// can fill the table.
@@ -238,25 +238,24 @@ impl Sockets {
         Peer(self.known(Endpoint::Listener(listener)).sums).opened()
     }
 
-    /// Labels a socket that is about to connect.
+    /// Begins to count a socket that is about to connect.
     pub fn connecting(&self, socket: BorrowedFd<'_>, upstream: &str, server: &ServerAddress) -> Peer {
         let known = self.known(Endpoint::Server { upstream: upstream.to_owned(), server: server.clone() });
         let is_tcp = matches!(server, ServerAddress::Tcp(_));
         if let (Some(maps), true) = (&self.maps, is_tcp) {
             // Without memory for it the connection goes uncounted.
-            let _ = maps.label(socket, Labels { endpoint: known.row, class: NO_CLASS });
+            let _ = maps.begin(socket, Socket::new(known.row, false));
         }
         Peer(known.sums)
     }
 
     /// Says what the handshake gave, and again when the door has decided.
-    pub fn classify(&self, client: BorrowedFd<'_>, listener: SocketAddr, facts: Facts, place: Place) {
+    pub fn classify(&self, client: BorrowedFd<'_>, facts: Facts, place: Place) {
         let Some(maps) = &self.maps else { return };
-        let endpoint = self.known(Endpoint::Listener(listener)).row;
         let class =
             *self.classes.borrow_mut().entry((facts, place)).or_insert_with(|| maps.class(&class(facts, place)));
         // As in `connecting`: it stays in the class that it had.
-        let _ = maps.label(client, Labels { endpoint, class });
+        let _ = maps.classify(client, class);
     }
 
     fn known(&self, endpoint: Endpoint) -> Known {
@@ -278,15 +277,14 @@ impl Sockets {
     }
 }
 
-/// Labels a listening socket, before it listens: its children have the label from their first moment on.
-pub fn label_listener(maps: &Maps, socket: BorrowedFd<'_>, listener: &Listener) -> std::io::Result<()> {
+/// Begins to count what a socket will accept, before it listens: its children are counted from their first moment on.
+pub fn begin_listener(maps: &Maps, socket: BorrowedFd<'_>, listener: &Listener) -> std::io::Result<()> {
     let endpoint = maps.endpoint(&Endpoint::Listener(listener.address).name());
-    let class = match listener.mode {
-        Mode::Tcp(_) | Mode::Http(_) => 0,
-        // Without TLS there is nothing to tell its connections apart by.
-        Mode::Redirect => NO_CLASS,
+    let has_handshake = match listener.mode {
+        Mode::Tcp(_) | Mode::Http(_) => true,
+        Mode::Redirect => false,
     };
-    maps.label(socket, Labels { endpoint, class })
+    maps.begin(socket, Socket::new(endpoint, has_handshake))
 }
 
 fn class(facts: Facts, place: Place) -> ClassName {

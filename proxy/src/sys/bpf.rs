@@ -9,7 +9,7 @@ use std::mem::{MaybeUninit, size_of};
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
-use tlsplice_ebpf::{ClassName, ClassSums, EndpointName, Labels, Sums, WordName};
+use tlsplice_ebpf::{ClassName, ClassSums, EndpointName, Handshake, Socket, Sums, WordName};
 
 const MAP_LOOKUP_ELEM: libc::c_int = 1;
 const MAP_UPDATE_ELEM: libc::c_int = 2;
@@ -26,7 +26,9 @@ pub unsafe trait Plain: Copy {}
 // SAFETY: u64 is such a type.
 unsafe impl Plain for u64 {}
 // SAFETY: two u32.
-unsafe impl Plain for Labels {}
+unsafe impl Plain for Handshake {}
+// SAFETY: nine u64 and six u32.
+unsafe impl Plain for Socket {}
 // SAFETY: u64 and arrays of u64.
 unsafe impl Plain for Sums {}
 // SAFETY: u64.
@@ -149,7 +151,7 @@ pub fn update<T: Plain>(map: BorrowedFd<'_>, key: u32, value: &T) -> io::Result<
 }
 
 /// Sets a socket's own value.
-pub fn update_socket(map: BorrowedFd<'_>, socket: BorrowedFd<'_>, value: &Labels) -> io::Result<()> {
+pub fn update_socket<T: Plain>(map: BorrowedFd<'_>, socket: BorrowedFd<'_>, value: &T) -> io::Result<()> {
     update(map, fd_word(socket), value)
 }
 

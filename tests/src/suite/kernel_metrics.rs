@@ -5,7 +5,7 @@ use crate::environment::{Environment, Kernel, Relay};
 use crate::process::free_port;
 use crate::proxy::{PATIENT_HANDSHAKE, Proxy, Settings, loopback};
 use crate::run::{Context, Test};
-use crate::scrape::Metrics;
+use crate::scrape::{Metrics, Threads};
 use anyhow::{Context as _, Result, bail, ensure};
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 use std::fs;
@@ -466,8 +466,8 @@ fn long_splice(ctx: &Context) -> Result<()> {
     proxy.finish(ctx).map(drop)
 }
 
-/// Rounds of each kind, alternating; the medians are compared.
-const COST_ROUNDS: usize = 5;
+/// Pairs of a run without counting and one with it, each compared within itself.
+const COST_PAIRS: usize = 9;
 /// Far above what was ever measured (7 %), and below what a mistake in the program would cost: this machine may be busy.
 const COST_LIMIT: f64 = 1.5;
 
@@ -485,56 +485,69 @@ fn cost(ctx: &Context) -> Result<()> {
     let truth = Arc::new(Truth::default());
     let server = Server::start(truth.clone())?;
     let config = client_config(ctx)?;
-    let (count, mebibytes) = (1_000, 512);
+    let (count, mebibytes) = (1_000, 256);
     let (mut without, mut with, mut runs) = (Spent::default(), Spent::default(), None);
-    for round in 0..2 * COST_ROUNDS {
+    for run in 0..2 * COST_PAIRS {
         let mut settings = Settings::new(ctx, default_relay(ctx))?.listen(50_000, &server.address.to_string())?;
-        let spent = if round % 2 == 1 { &mut with } else { &mut without };
-        if round % 2 == 1 {
+        let spent = if run % 2 == 1 { &mut with } else { &mut without };
+        if run % 2 == 1 {
             pins.settings(&mut settings);
         }
         let proxy = Proxy::start(ctx, settings)?;
+        let spent_since =
+            |before: &Threads| -> Result<u64> { Ok(Threads::of(proxy.pid())?.cpu_since(before).as_nanos() as u64) };
         let storm = |count| -> Result<u64> {
-            let before = crate::scrape::cpu_ns(proxy.pid())?;
+            let before = Threads::of(proxy.pid())?;
             storm(4, count, |_, random| {
                 let sizes = (random.range(1, 4_000), random.range(1, 4_000));
                 connect(&config, proxy.address(0), &truth, Kind::Clean, sizes)
             })?;
             proxy.settled()?;
-            Ok(crate::scrape::cpu_ns(proxy.pid())? - before)
+            spent_since(&before)
         };
         storm(50)?;
         spent.connection.push(storm(count)? / count);
-        let before = crate::scrape::cpu_ns(proxy.pid())?;
+        let before = Threads::of(proxy.pid())?;
         connect(&config, proxy.address(0), &truth, Kind::Clean, (0, mebibytes << 20))?;
-        spent.mebibyte.push((crate::scrape::cpu_ns(proxy.pid())? - before) / mebibytes);
-        if round == 2 * COST_ROUNDS - 1 {
+        spent.mebibyte.push(spent_since(&before)? / mebibytes);
+        if run == 2 * COST_PAIRS - 1 {
             runs = program_runs(ctx, &pins, || storm(count).map(drop))?;
         }
         proxy.finish(ctx)?;
     }
-    let medians = |without: &mut Vec<u64>, with: &mut Vec<u64>| {
-        let middle = |series: &mut Vec<u64>| {
-            series.sort_unstable();
-            series[series.len() / 2]
-        };
-        let (off, on) = (middle(without), middle(with));
-        (
-            on as f64 / off as f64,
-            format!("{off} ns without, {on} ns with ({:+.1} %)", 100.0 * (on as f64 / off as f64 - 1.0)),
-        )
-    };
-    let (ratio, storm) = medians(&mut without.connection, &mut with.connection);
-    let (bulk_ratio, bulk) = medians(&mut without.mebibyte, &mut with.mebibyte);
+    let (ratio, storm) = compared(&without.connection, &with.connection);
+    let (bulk_ratio, bulk) = compared(&without.mebibyte, &with.mebibyte);
     let (each, ns) = runs.map_or((0.0, 0.0), |(n, seconds)| (n / count as f64, seconds / n * 1e9));
     ctx.note(&format!(
-        "CPU of tlsplice, medians of {COST_ROUNDS}: a connection {storm}; a MiB of bulk {bulk}; bpf_stats: {each:.1} runs a connection, {ns:.0} ns each"
+        "CPU of tlsplice, {COST_PAIRS} pairs: a connection {storm}; a MiB of bulk {bulk}; bpf_stats: {each:.1} runs a connection, {ns:.0} ns each"
     ));
     ensure!(
         ratio < COST_LIMIT && bulk_ratio < COST_LIMIT,
         "counting costs {ratio:.2} and {bulk_ratio:.2} times as much"
     );
     Ok(())
+}
+
+/// How many times as much it is with counting: the median of the pairs' ratios, and all of it in words.
+fn compared(without: &[u64], with: &[u64]) -> (f64, String) {
+    let middle = |series: &[u64]| {
+        let mut sorted = series.to_vec();
+        sorted.sort_unstable();
+        sorted[sorted.len() / 2]
+    };
+    let mut ratios: Vec<f64> = without.iter().zip(with).map(|(off, on)| *on as f64 / *off as f64).collect();
+    ratios.sort_unstable_by(f64::total_cmp);
+    let ratio = ratios[ratios.len() / 2];
+    let percent = |ratio: f64| 100.0 * (ratio - 1.0);
+    let said = format!(
+        "{} ns without, {} ns with ({:+.1} %; {:+.1} to {:+.1})",
+        middle(without),
+        middle(with),
+        percent(ratio),
+        percent(ratios[0]),
+        percent(ratios[ratios.len() - 1])
+    );
+    (ratio, said)
 }
 
 /// How often the program runs in this load and for how many seconds; `None` where the kernel tells of no runs.

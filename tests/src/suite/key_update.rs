@@ -7,7 +7,7 @@ use crate::environment::{Environment, Relay};
 use crate::exchange::{self, Account, Plan, Setup, Updates};
 use crate::pattern::Pattern;
 use crate::run::{Context, Test};
-use crate::scrape::cpu_ns;
+use crate::scrape::Threads;
 use crate::upstream::{Kind, PeerEnd, Request, Upstream, exchange as serve};
 use anyhow::{Context as _, Result, ensure};
 use std::time::Duration;
@@ -127,7 +127,7 @@ fn storm(ctx: &Context, relay: Relay) -> Result<()> {
         let setup = Setup::exchanging(ctx, relay, &[0])?;
         let bystander = setup.client(ctx, 0, TLS13_AES_128)?;
         let mut client = setup.client(ctx, 0, TLS13_AES_256)?;
-        let before = cpu_ns(setup.proxy.pid())?;
+        let before = Threads::of(setup.proxy.pid())?;
         let mut bytes = Vec::new();
         for _ in 0..SENT {
             client.tx.seal_key_update(&mut bytes, asks)?;
@@ -141,7 +141,7 @@ fn storm(ctx: &Context, relay: Relay) -> Result<()> {
         ensure!(ended.bytes == 0 && (ended.how != How::CloseNotify || may_be_clean), "{ended:?}");
         drop(client);
         setup.proxy.wait_for("the storm to be ended", |m| m.ended(storms) == 1)?;
-        let spent = Duration::from_nanos(cpu_ns(setup.proxy.pid())? - before);
+        let spent = Threads::of(setup.proxy.pid())?.cpu_since(&before);
         ctx.note(&format!("asks {asks}: ended with {:?} after {spent:?} of CPU", ended.how));
         ensure!(spent < CPU_LIMIT, "a storm cost {spent:?} of CPU");
         exchange_with(bystander)?;

@@ -7,7 +7,7 @@ use crate::environment::{Environment, Relay};
 use crate::exchange::Setup;
 use crate::pattern::Pattern;
 use crate::run::{Context, Test};
-use crate::scrape::{cpu_ns, sleeps};
+use crate::scrape::Threads;
 use anyhow::{Result, ensure};
 use std::time::{Duration, Instant};
 
@@ -29,11 +29,12 @@ fn trickle(ctx: &Context, relay: Relay) -> Result<()> {
             let (mut client, stream) = setup.open(ctx, listener, suite, 40_000)?;
             let record = client.tx.seal(DATA, Pattern::up().at(40_000, payload), 0)?;
             let cuts: Vec<usize> = (1..record.len()).collect();
-            let (cpu, slept, started) = (cpu_ns(setup.proxy.pid())?, sleeps(setup.proxy.pid())?, Instant::now());
+            let (before, started) = (Threads::of(setup.proxy.pid())?, Instant::now());
             client.tx.write_cut(&record, &cuts, pause)?;
             let took = started.elapsed();
-            let cpu = (cpu_ns(setup.proxy.pid())? - cpu) as f64 / 1e9;
-            let slept = (sleeps(setup.proxy.pid())? - slept) as f64 / record.len() as f64;
+            let after = Threads::of(setup.proxy.pid())?;
+            let cpu = after.cpu_since(&before).as_secs_f64();
+            let slept = after.sleeps_since(&before) as f64 / record.len() as f64;
             let share = cpu / took.as_secs_f64();
             ctx.note(&format!(
                 "{}, listener {listener}: {slept:.2} wake-ups a byte, {:.0} µs of CPU a byte, {:.0} % of the time",
