@@ -1,7 +1,7 @@
 //! The command line of `tlsplice-bench`.
 
 use anyhow::{Context, Result, bail};
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, Parser, Subcommand, ValueEnum as _};
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, ServerName};
 use std::net::{SocketAddr, ToSocketAddrs};
@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::time::Duration;
 use tlsplice_bench::client::{Protection, Target, Trust};
 use tlsplice_bench::compare::Verdict;
-use tlsplice_bench::load::{self, Kind, Load};
+use tlsplice_bench::load::{self, Kind, Load, Outcome};
 use tlsplice_bench::measure::{self, Plan};
 use tlsplice_bench::peers::{Peer, Programs};
 use tlsplice_bench::plain_relay::{self, Mode};
@@ -166,6 +166,9 @@ struct LoadOptions {
     /// KiB that each connection of `fetch` and `store` moves.
     #[arg(long, default_value_t = 64)]
     transfer_kib: u64,
+    /// One JSON object on standard output instead of lines for people.
+    #[arg(long)]
+    json: bool,
 }
 
 /// The server that the comparison has behind every peer, for a host of your own.
@@ -335,6 +338,44 @@ fn put_load(options: &LoadOptions) -> Result<()> {
     load.transfer_bytes = options.transfer_kib << 10;
     load.path.clone_from(&options.path);
     let outcome = load::run(&target, &load, &mut |_| Ok(()))?;
+    if options.json {
+        println!("{}", said_to_a_script(&load, &outcome));
+    } else {
+        say(&load, &outcome);
+    }
+    Ok(())
+}
+
+/// Latency by its names, in µs; none where the kind has none.
+fn latencies(outcome: &Outcome) -> Vec<(&'static str, u64)> {
+    let quantiles = [0.5, 0.9, 0.99, 0.999, 1.0];
+    if outcome.latency.is_empty() {
+        return Vec::new();
+    }
+    PERCENTILES.into_iter().zip(quantiles.map(|share| outcome.latency.value_at_quantile(share))).collect()
+}
+
+fn said_to_a_script(load: &Load, outcome: &Outcome) -> serde_json::Value {
+    let seconds = outcome.elapsed.as_secs_f64();
+    let unit = match load.kind.unit() {
+        load::Unit::Byte => "bytes",
+        load::Unit::Connection => "connections",
+        load::Unit::Request => "requests",
+    };
+    let latency: serde_json::Map<_, _> =
+        latencies(outcome).into_iter().map(|(name, us)| (name.to_owned(), us.into())).collect();
+    serde_json::json!({
+        "kind": load.kind.to_possible_value().map(|value| value.get_name().to_owned()),
+        "unit": unit,
+        "units": outcome.units,
+        "seconds": seconds,
+        "units_per_second": outcome.units as f64 / seconds,
+        "resumed": outcome.resumed,
+        "latency_us": latency,
+    })
+}
+
+fn say(load: &Load, outcome: &Outcome) {
     let seconds = outcome.elapsed.as_secs_f64();
     match load.kind.unit() {
         load::Unit::Byte => {
@@ -348,15 +389,10 @@ fn put_load(options: &LoadOptions) -> Result<()> {
     if load.kind == Kind::Resumed {
         println!("{} of {} were resumed", outcome.resumed, outcome.units);
     }
-    if !outcome.latency.is_empty() {
-        let quantiles = [0.5, 0.9, 0.99, 0.999, 1.0];
-        let said = PERCENTILES
-            .iter()
-            .zip(quantiles)
-            .map(|(name, share)| format!("{name} {} µs", outcome.latency.value_at_quantile(share)));
-        println!("latency: {}", said.collect::<Vec<_>>().join(", "));
+    let latency: Vec<String> = latencies(outcome).into_iter().map(|(name, us)| format!("{name} {us} µs")).collect();
+    if !latency.is_empty() {
+        println!("latency: {}", latency.join(", "));
     }
-    Ok(())
 }
 
 fn trusted(file: &Path) -> Result<Trust> {

@@ -198,6 +198,7 @@ pub async fn writable(sock: &mut Sock, watch: &Watch) -> bool {
 }
 
 async fn readable(sock: &mut Sock) {
+    sock.read_by_level();
     sock.readable = false;
     poll_fn(|cx| {
         sock.arm_read();

@@ -1,6 +1,7 @@
-//! Readiness through the ring: one-shot POLL_ADD on a socket, and splices that the ring runs.
+//! Readiness of sockets, and splices that the ring runs.
 //!
 //!   want bytes ──▶ arm POLL_ADD ──▶ (submitted when the thread parks) ──▶ completion ──▶ `readable`
+//!             └──▶ after some of these: registered with the runtime's epoll, once ──▶ edge ──▶ `readable`
 //!
 //! An operation in flight holds the socket open, and dropping its future cancels nothing: so a `Sock` is cancelled
 //! before it is dropped, or the descriptor outlives the connection.
@@ -8,7 +9,7 @@
 use crate::observe::sockets::Tally;
 use crate::send_room::{Room, SendMemory};
 use crate::sys::pipe::Pipe;
-use crate::sys::socket::{Follow, Half, poll_now, shutdown, watch_writable};
+use crate::sys::socket::{Follow, Half, poll_now, shutdown, watch_edges};
 use io_uring::squeue::Flags;
 use io_uring::types::{CancelBuilder, Fd};
 use io_uring::{cqueue, opcode};
@@ -41,11 +42,15 @@ fn submit<D: Unpin + 'static>(keep: D, sqe: io_uring::squeue::Entry) -> Op<D> {
 /// A non-blocking socket and what is known of its readiness.
 pub struct Sock {
     fd: Rc<OwnedFd>,
-    reading: Option<Op<Rc<OwnedFd>>>,
+    reading: Option<Reading>,
+    /// Waits for reading that went through the ring.
+    ring_waits: u8,
+    /// See `Reading`.
+    by_level: bool,
     writing: Option<Writing>,
     /// The peer has sent its FIN, as a poll told.
     half_closed: bool,
-    /// See `Writing`.
+    /// See `Reading` and `Writing`.
     epoll: Option<Box<AsyncFd<Rc<OwnedFd>>>>,
     /// What `arm_reset` waits for has come.
     is_reset: bool,
@@ -64,6 +69,20 @@ pub struct Sock {
     pub tally: Tally,
 }
 
+/// How a wake-up for reading comes.
+///
+/// The ring takes an operation for each wait, and nothing for a connection that waits twice. One that goes on, like one on which
+/// request follows request, is registered with the runtime's own epoll for edges: two system calls once, and none for a
+/// wait. An edge is taken off before the socket is read, and `readable` stays until a read finds the queue empty, so none
+/// is lost. Kernel TLS reads records, not queues, and says nothing new of a record that was there before: `by_level`.
+enum Reading {
+    Ring(Op<Rc<OwnedFd>>),
+    Epoll,
+}
+
+/// Waits through the ring before a socket is registered with epoll.
+const RING_WAITS: u8 = 8;
+
 /// How a wake-up for writing comes.
 ///
 /// POLL_ADD adds POLLRDHUP to every mask (IO_POLL_UNMASK in io_uring/poll.c): on a socket whose peer has sent its FIN
@@ -79,6 +98,8 @@ impl Sock {
         Self {
             fd: Rc::new(fd),
             reading: None,
+            ring_waits: 0,
+            by_level: false,
             writing: None,
             half_closed: false,
             epoll: None,
@@ -152,7 +173,18 @@ impl Sock {
     /// Asks for a wake-up when the socket is readable, unless one is asked for already.
     pub fn arm_read(&mut self) {
         if self.reading.is_none() {
-            self.reading = Some(self.poll_add(libc::POLLIN | libc::POLLRDHUP));
+            self.reading = Some(self.wait_to_read());
+        }
+    }
+
+    /// Whoever reads from now on may leave something unread and clear `readable` all the same.
+    pub fn read_by_level(&mut self) {
+        self.by_level = true;
+        if let Some(Reading::Epoll) = self.reading {
+            self.reading = None;
+        }
+        if !matches!(self.writing, Some(Writing::Epoll)) && !self.watches_reset {
+            self.epoll = None;
         }
     }
 
@@ -173,13 +205,21 @@ impl Sock {
         self.is_reset
     }
 
+    fn wait_to_read(&mut self) -> Reading {
+        if self.ring_waits == RING_WAITS && !self.by_level && self.has_epoll() {
+            return Reading::Epoll;
+        }
+        self.ring_waits = RING_WAITS.min(self.ring_waits + 1);
+        Reading::Ring(self.poll_add(libc::POLLIN | libc::POLLRDHUP))
+    }
+
     fn wait_to_write(&mut self) -> Writing {
         if self.half_closed && self.has_epoll() { Writing::Epoll } else { Writing::Ring(self.poll_add(libc::POLLOUT)) }
     }
 
     fn has_epoll(&mut self) -> bool {
         if self.epoll.is_none() {
-            self.epoll = watch_writable(self.fd.clone()).ok().map(Box::new);
+            self.epoll = watch_edges(self.fd.clone()).ok().map(Box::new);
         }
         self.epoll.is_some()
     }
@@ -188,6 +228,10 @@ impl Sock {
     fn poll_epoll(&self, cx: &mut Context<'_>, events: i16) -> bool {
         let Some(epoll) = &self.epoll else { return false };
         while let Poll::Ready(Ok(mut edge)) = epoll.poll_write_ready(cx) {
+            if edge.ready().is_write_closed() {
+                // It stays so, and there is no further edge to wait for.
+                return true;
+            }
             edge.clear_ready();
         }
         poll_now(self.fd(), events).is_ok_and(|now| now != 0)
@@ -216,9 +260,19 @@ impl Sock {
     }
 
     fn take_up_read(&mut self, cx: &mut Context<'_>) -> bool {
-        let Some(op) = &mut self.reading else { return false };
-        // An error of the poll itself is found again, with its name, by the read that follows.
-        let done = Pin::new(op).poll(cx).is_ready();
+        // An error of the wait itself is found again, with its name, by the read that follows.
+        let done = match &mut self.reading {
+            None => return false,
+            Some(Reading::Ring(op)) => Pin::new(op).poll(cx).is_ready(),
+            Some(Reading::Epoll) => self.epoll.as_ref().is_none_or(|epoll| match epoll.poll_read_ready(cx) {
+                Poll::Ready(Ok(mut edge)) => {
+                    edge.clear_ready();
+                    true
+                }
+                Poll::Ready(Err(_)) => true,
+                Poll::Pending => false,
+            }),
+        };
         if done {
             self.reading = None;
         }
@@ -255,6 +309,9 @@ impl Sock {
         if let Some(Writing::Epoll) = self.writing {
             self.writing = None;
         }
+        if let Some(Reading::Epoll) = self.reading {
+            self.reading = None;
+        }
         self.epoll = None;
         // Every operation in flight holds the descriptor, those of `RingSplice` included.
         if Rc::strong_count(&self.fd) == 1 {
@@ -263,7 +320,7 @@ impl Sock {
         let all = CancelBuilder::fd(Fd(self.fd.as_raw_fd())).all();
         // ENOENT: they completed by themselves meanwhile. Either way each ends, and is waited for here.
         let _ = submit(self.fd.clone(), opcode::AsyncCancel2::new(all).build()).await;
-        if let Some(op) = self.reading.take() {
+        if let Some(Reading::Ring(op)) = self.reading.take() {
             let _ = op.await;
         }
         if let Some(Writing::Ring(op)) = self.writing.take() {

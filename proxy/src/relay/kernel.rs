@@ -4,7 +4,7 @@
 //!
 //! What TLS asks for beside data is in `kernel_tls`; here are the two directions, their pipes and their ends.
 
-use super::flow::{Drained, Flow};
+use super::flow::{Drained, Flow, Splicer};
 use super::kernel_tls::KernelTls;
 use super::user_tls::{Sealed, Then};
 use super::{ClientEnd, Down, Ended, Spare, Turn, Up, Want, over, timed_out};
@@ -30,8 +30,12 @@ pub struct Kernel {
 
 impl Kernel {
     /// `to_upstream` is plaintext that the userspace relay has opened and not handed on.
-    pub fn new(tls: KernelTls, upstream: Sock, to_upstream: Spare, up: Up, down: Down) -> Self {
+    pub fn new(tls: KernelTls, mut upstream: Sock, to_upstream: Spare, up: Up, down: Down) -> Self {
         let splicer = tls.splicer();
+        if splicer == Splicer::Ring {
+            // The ring's threads read it: an edge would wake this one for nothing.
+            upstream.read_by_level();
+        }
         Self {
             tls,
             upstream,

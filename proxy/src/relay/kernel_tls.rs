@@ -46,7 +46,8 @@ pub struct KernelTls {
 }
 
 impl KernelTls {
-    pub fn new(client: Client, keys: KernelKeys) -> Self {
+    pub fn new(mut client: Client, keys: KernelKeys) -> Self {
+        client.sock.read_by_level();
         Self { client, keys, key_update_due: false, storm: Storm::default(), low_water: None, is_sending: false }
     }
 

@@ -281,10 +281,10 @@ pub fn poll_now(socket: BorrowedFd<'_>, events: i16) -> io::Result<i16> {
     Ok(entry.revents)
 }
 
-/// Watches a socket for writing with the runtime's epoll.
-pub fn watch_writable(socket: Rc<OwnedFd>) -> io::Result<AsyncFd<Rc<OwnedFd>>> {
+/// Watches a socket with the runtime's epoll, for edges.
+pub fn watch_edges(socket: Rc<OwnedFd>) -> io::Result<AsyncFd<Rc<OwnedFd>>> {
     // SAFETY: the descriptor stays open and the same as long as the AsyncFd lives, which holds its owner.
-    let watch = unsafe { AsyncFd::register_with_interest(socket, Interest::WRITABLE) };
+    let watch = unsafe { AsyncFd::register_with_interest(socket, Interest::READABLE | Interest::WRITABLE) };
     watch.map_err(io::Error::from)
 }
 
