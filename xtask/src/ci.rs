@@ -21,7 +21,7 @@ pub fn command(_: &Options) -> Result<i32> {
     let checks: [Check; 4] = [
         ("unsafe code only where it may be", || unsafe_places::check(&workspace())),
         ("format", format),
-        ("lints", || cargo_run(&["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"])),
+        ("lints", lints),
         ("licences, sources and versions of dependencies", dependencies),
     ];
     let mut failed = Vec::new();
@@ -43,10 +43,19 @@ fn cargo_run(arguments: &[&str]) -> Result<()> {
     process::run(Command::new(cargo()).args(arguments).current_dir(workspace()))
 }
 
+/// The fuzz targets are a workspace of their own, and nothing else here builds them.
+const FUZZ_MANIFEST: &str = "tests/fuzz/Cargo.toml";
+
+fn lints() -> Result<()> {
+    cargo_run(&["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"])?;
+    cargo_run(&["clippy", "--manifest-path", FUZZ_MANIFEST, "--target-dir", "target", "--", "-D", "warnings"])
+}
+
 /// rustfmt colours its differences wherever they go, unless it is told not to.
 fn format() -> Result<()> {
     let colour = if std::io::stdout().is_terminal() { "--color=always" } else { "--color=never" };
-    cargo_run(&["fmt", "--all", "--check", "--", colour])
+    cargo_run(&["fmt", "--all", "--check", "--", colour])?;
+    cargo_run(&["fmt", "--manifest-path", FUZZ_MANIFEST, "--check", "--", colour])
 }
 
 /// cargo-deny, without its database of advisories, which has to be fetched.
