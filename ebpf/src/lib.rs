@@ -10,13 +10,13 @@
 //!   USER_WORDS     word             u64          user space            yes
 //!   USER_NAMES     word             WordName     user space            yes
 //!
-//! Any change of a size or a meaning here is a new `LAYOUT`: maps of another one are left alone where they are. The
+//! Once released, any change of a size or a meaning here is a new `LAYOUT`: maps of another one are left alone where they are. The
 //! memory is bounded by the rows: 256 endpoints and 1024 classes are 262 KiB for each CPU, all names and words 528 KiB,
 //! and each socket has 104 bytes of values.
 
 #![no_std]
 
-/// The folder under the pins' root. It changes with every change of this file that changes a map.
+/// The folder under the pins' root. From the first release on it changes with every change of this file that changes a map.
 pub const LAYOUT: &str = "v1";
 
 /// A listener, or a server of an upstream, each. Row 0 takes what found none.

@@ -71,10 +71,10 @@ pub struct Sock {
 
 /// How a wake-up for reading comes.
 ///
-/// The ring takes an operation for each wait, and nothing for a connection that waits twice. One that goes on, like one on which
-/// request follows request, is registered with the runtime's own epoll for edges: two system calls once, and none for a
-/// wait. An edge is taken off before the socket is read, and `readable` stays until a read finds the queue empty, so none
-/// is lost. Kernel TLS reads records, not queues, and says nothing new of a record that was there before: `by_level`.
+/// The ring takes an operation for each wait, and nothing beside for a connection that waits twice. One that goes on, as
+/// where request follows request, is registered with the runtime's own epoll for edges: two system calls once, and none
+/// for a wait. An edge is taken off before the socket is read, and `readable` stays until a read finds the queue empty, so
+/// none is lost. Kernel TLS reads records, not queues, and says nothing new of a record that was there before: `by_level`.
 enum Reading {
     Ring(Op<Rc<OwnedFd>>),
     Epoll,
@@ -264,19 +264,22 @@ impl Sock {
         let done = match &mut self.reading {
             None => return false,
             Some(Reading::Ring(op)) => Pin::new(op).poll(cx).is_ready(),
-            Some(Reading::Epoll) => self.epoll.as_ref().is_none_or(|epoll| match epoll.poll_read_ready(cx) {
-                Poll::Ready(Ok(mut edge)) => {
-                    edge.clear_ready();
-                    true
-                }
-                Poll::Ready(Err(_)) => true,
-                Poll::Pending => false,
-            }),
+            Some(Reading::Epoll) => self.poll_read_edge(cx),
         };
         if done {
             self.reading = None;
         }
         done
+    }
+
+    /// Whether something has come since this was last true; if not, epoll wakes when it does.
+    fn poll_read_edge(&self, cx: &mut Context<'_>) -> bool {
+        let Some(epoll) = &self.epoll else { return true };
+        let Poll::Ready(edge) = epoll.poll_read_ready(cx) else { return false };
+        if let Ok(mut edge) = edge {
+            edge.clear_ready();
+        }
+        true
     }
 
     fn take_up_write(&mut self, cx: &mut Context<'_>) -> bool {

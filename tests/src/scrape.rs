@@ -227,7 +227,7 @@ impl Threads {
 
     fn since(&self, earlier: &Self, field: fn(&Used) -> u64) -> u64 {
         let before = |thread| earlier.0.get(thread).map_or(0, field);
-        self.0.iter().map(|(thread, used)| field(used) - before(thread)).sum()
+        self.0.iter().map(|(thread, used)| field(used).saturating_sub(before(thread))).sum()
     }
 }
 

@@ -2,8 +2,8 @@
 //!
 //!   listener bound ─▶ begin (its children inherit it)      connect ─▶ begin      handshake, door ─▶ classify
 //!
-//! Endpoints and classes are rows of the pinned maps; each worker remembers which it has used. What the kernel does not see (unix
-//! sockets, or everything where it does not count) is counted here, under the same names.
+//! Endpoints and classes are rows of the pinned maps; each worker remembers which it has used. What the kernel does not
+//! see (unix sockets, or everything where it does not count) is counted here, under the same names.
 
 use super::counters::{Count, Decline, Label};
 use super::live::Live;
@@ -230,7 +230,7 @@ impl Sockets {
         Self { maps, counted, endpoints: RefCell::default(), classes: RefCell::default(), live: Live::default() }
     }
 
-    /// A client's connection, which has its listener's label already.
+    /// A client's connection, which is counted as its listener's already.
     pub fn accepted(&self, listener: SocketAddr) -> Tally {
         if self.maps.is_some() {
             return Tally::default();

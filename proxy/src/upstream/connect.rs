@@ -44,8 +44,8 @@ pub async fn connect(
         let server = &upstream.servers[place];
         watch.forgive();
         watch.allow(each);
-        let label = |socket: BorrowedFd<'_>| sockets.connecting(socket, &upstream.name, server);
-        match one(server, watch, label).await {
+        let begin = |socket: BorrowedFd<'_>| sockets.connecting(socket, &upstream.name, server);
+        match one(server, watch, begin).await {
             Ok(sock) => return Ok((sock, place)),
             Err(e) => {
                 let name = match server {
@@ -67,7 +67,7 @@ pub async fn connect(
     Err(failure)
 }
 
-async fn one(server: &ServerAddress, watch: &Watch, label: impl Fn(BorrowedFd<'_>) -> Peer) -> io::Result<Sock> {
+async fn one(server: &ServerAddress, watch: &Watch, begin: impl Fn(BorrowedFd<'_>) -> Peer) -> io::Result<Sock> {
     let (domain, address) = match server {
         ServerAddress::Tcp(address) => (Domain::for_address(*address), SockAddr::from(*address)),
         ServerAddress::Unix(path) => (Domain::UNIX, SockAddr::unix(path)?),
@@ -77,7 +77,7 @@ async fn one(server: &ServerAddress, watch: &Watch, label: impl Fn(BorrowedFd<'_
         socket::set_nodelay(socket.as_fd())?;
         let _ = socket::set_unsent_limit(socket.as_fd(), UNSENT_BYTES);
     }
-    let peer = label(socket.as_fd());
+    let peer = begin(socket.as_fd());
     loop {
         match socket.connect(&address) {
             Ok(()) => return Ok(Sock::new(socket.into(), peer.opened())),
