@@ -18,6 +18,8 @@ use std::process::Command;
 pub enum Peer {
     /// As it comes: the kernel takes over where it can and where that pays.
     Tlsplice,
+    /// The same in mode "http", with a pool of upstream connections, as nginx http and HAProxy http have one.
+    TlspliceHttp,
     /// Never the kernel.
     TlspliceUserspace,
     /// The kernel from the first byte.
@@ -41,6 +43,7 @@ impl Peer {
     pub fn line_up(kernel_tls: bool) -> Vec<Self> {
         let all = [
             Self::Tlsplice,
+            Self::TlspliceHttp,
             Self::TlspliceUserspace,
             Self::TlspliceKernel,
             Self::TlspliceRing,
@@ -64,6 +67,7 @@ impl Peer {
             | Self::NginxStreamKtls
             | Self::NginxHttpKtls => true,
             Self::Tlsplice
+            | Self::TlspliceHttp
             | Self::NginxStream
             | Self::NginxHttp
             | Self::HaproxyTcp
@@ -77,6 +81,7 @@ impl Peer {
     pub fn name(self) -> &'static str {
         match self {
             Self::Tlsplice => OURS,
+            Self::TlspliceHttp => "tlsplice-http",
             Self::TlspliceUserspace => "tlsplice-userspace",
             Self::TlspliceKernel => "tlsplice-kernel",
             Self::TlspliceRing => "tlsplice-ring",
@@ -94,7 +99,11 @@ impl Peer {
 
     pub fn program(self) -> Program {
         match self {
-            Self::Tlsplice | Self::TlspliceUserspace | Self::TlspliceKernel | Self::TlspliceRing => Program::Tlsplice,
+            Self::Tlsplice
+            | Self::TlspliceHttp
+            | Self::TlspliceUserspace
+            | Self::TlspliceKernel
+            | Self::TlspliceRing => Program::Tlsplice,
             Self::NginxStream | Self::NginxStreamKtls | Self::NginxHttp | Self::NginxHttpKtls => Program::Nginx,
             Self::HaproxyTcp | Self::HaproxyHttp => Program::Haproxy,
             Self::Hitch => Program::Hitch,
@@ -250,7 +259,11 @@ impl Setup {
         let write = |text: String| fs::write(&config, text).with_context(|| format!("write {}", config.display()));
         let file = config.clone().into_os_string();
         match peer {
-            Peer::Tlsplice | Peer::TlspliceUserspace | Peer::TlspliceKernel | Peer::TlspliceRing => {
+            Peer::Tlsplice
+            | Peer::TlspliceHttp
+            | Peer::TlspliceUserspace
+            | Peer::TlspliceKernel
+            | Peer::TlspliceRing => {
                 write(self.tlsplice(peer, address))?;
                 Ok(vec!["run".into(), "--config".into(), file])
             }
@@ -285,9 +298,10 @@ impl Setup {
             _ => "offload = \"off\"\n",
         };
         let (chain, key) = (&self.certificate.chain, &self.certificate.key);
+        let mode = if peer == Peer::TlspliceHttp { "mode = \"http\"\n" } else { "" };
         format!(
             "[server]\nworkers = {}\nsplice = {:?}\n{}[tls]\ncertificates = [{:?}, {:?}]\n[log]\nlevel = \"warn\"\n\
-             [[listener]]\naddress = \"{address}\"\n{offload}upstream = \"u\"\n\
+             [[listener]]\naddress = \"{address}\"\n{mode}{offload}upstream = \"u\"\n\
              [[upstream]]\nname = \"u\"\nservers = [\"{}\"]\n",
             self.workers,
             if peer == Peer::TlspliceRing { "ring" } else { "auto" },

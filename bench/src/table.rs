@@ -7,7 +7,7 @@ use crate::result::{Figure, OURS, PERCENTILES, Run, Series, aim};
 use crate::statistics;
 
 /// Where kernel TLS works, these are measured as well.
-const OWN_VARIANTS: [&str; 4] = [OURS, "tlsplice-userspace", "tlsplice-kernel", "tlsplice-ring"];
+const OWN_VARIANTS: [&str; 5] = [OURS, "tlsplice-http", "tlsplice-userspace", "tlsplice-kernel", "tlsplice-ring"];
 
 /// All tables.
 pub fn show(run: &Run) -> String {

@@ -13,7 +13,9 @@ pub mod flow;
 pub mod kernel;
 pub mod kernel_tls;
 mod keys;
+mod reach;
 pub mod record;
+mod spare;
 pub mod user_tls;
 pub mod userspace;
 
@@ -24,10 +26,11 @@ use crate::pipes::Share;
 use crate::protect::{OVERHEAD_BYTES, PLAIN_BYTES, WIRE_BYTES};
 use crate::ring::{NextTurn, Sock};
 use crate::send_room::WIDE_AFTER_BYTES;
-use crate::sys::socket::{self, VECTORS};
+use crate::sys::socket::VECTORS;
 use crate::watch::{Verdict, Watch};
+pub use spare::{Spare, hand_on};
 use std::future::Future;
-use std::io::{self, IoSlice};
+use std::io;
 use std::ops::Range;
 use std::pin::Pin;
 use std::rc::Rc;
@@ -36,13 +39,15 @@ use std::time::Duration;
 
 /// Bytes that one direction moves before the other connections of the worker have their turn.
 pub const TURN_BYTES: usize = 1 << 20;
-/// Bytes read at once when copying, and so what a stalled reader can make one direction hold.
+/// Bytes read at once when copying behind the door, and of an upstream before it. What a stalled reader does not take is kept.
 pub const COPY_BYTES: usize = COPY_RECORDS * PLAIN_BYTES;
 /// `COPY_BYTES` in full records.
 pub const COPY_RECORDS: usize = 8;
-/// Bytes read of a client at once where userspace opens its records or its requests, and so what a stalled upstream can
-/// make that direction hold: an upload gains a sixth by twice `COPY_BYTES`, a download nothing.
+/// The most that is read of an upstream at once, to be sealed, once all of smaller reads was taken (`reach`).
+const SEAL_RECORDS: usize = 4 * COPY_RECORDS;
+/// Bytes read of a client at once where userspace opens its records or its requests, and the most once all was taken.
 pub const RECEIVE_BYTES: usize = 2 * COPY_BYTES;
+const RECEIVE_MOST_BYTES: usize = 4 * RECEIVE_BYTES;
 /// How long the other direction may be silent once one has ended without hope of more: a client that is gone without
 /// a close_notify, an upstream that has said all. A clean half-close of the client has `idle_timeout`, as it waits
 /// for an answer.
@@ -92,8 +97,8 @@ impl Scratch {
         let buffer = |bytes: usize| vec![0; bytes].into_boxed_slice();
         Self {
             // A large read behind what is left of a record.
-            received: buffer(RECEIVE_BYTES + WIRE_BYTES),
-            sealed: buffer(COPY_RECORDS * (PLAIN_BYTES + OVERHEAD_BYTES)),
+            received: buffer(RECEIVE_MOST_BYTES + WIRE_BYTES),
+            sealed: buffer(SEAL_RECORDS * (PLAIN_BYTES + OVERHEAD_BYTES)),
             pieces: Vec::with_capacity(VECTORS),
         }
     }
@@ -201,105 +206,6 @@ pub fn timed_out(up: Up, down: Down, verdict: Verdict) -> Ended {
         return Ended { how, client: ClientEnd::Discard, upstream };
     }
     Ended::abort(how)
-}
-
-/// Bytes of ours on their way out: what a send did not take. A connection has several, and mostly they are empty: then
-/// each is a pointer and no more.
-#[derive(Default)]
-pub struct Spare(Option<Box<Unsent>>);
-
-/// Never without a byte that is still to be sent.
-#[derive(Default)]
-struct Unsent {
-    bytes: Vec<u8>,
-    at: usize,
-}
-
-impl Spare {
-    pub fn is_empty(&self) -> bool {
-        self.0.is_none()
-    }
-
-    /// Unsent bytes.
-    pub fn len(&self) -> usize {
-        self.0.as_ref().map_or(0, |unsent| unsent.bytes.len() - unsent.at)
-    }
-
-    pub fn push(&mut self, bytes: &[u8]) {
-        if !bytes.is_empty() {
-            self.0.get_or_insert_default().bytes.extend_from_slice(bytes);
-        }
-    }
-
-    pub fn clear(&mut self) {
-        self.0 = None;
-    }
-
-    /// Sends what is there. True when nothing is left; the memory is given back then.
-    pub fn flush(&mut self, to: &mut Sock) -> io::Result<bool> {
-        while let Some(unsent) = &mut self.0 {
-            if !to.writable {
-                return Ok(false);
-            }
-            unsent.at += send(to, &unsent.bytes[unsent.at..])?;
-            if unsent.at == unsent.bytes.len() {
-                self.0 = None;
-            }
-        }
-        Ok(true)
-    }
-
-    /// Sends `bytes` after what is there already, and keeps what is not taken.
-    pub fn send(&mut self, to: &mut Sock, bytes: &[u8]) -> io::Result<()> {
-        let at = if self.flush(to)? { send(to, bytes)? } else { 0 };
-        self.push(&bytes[at..]);
-        Ok(())
-    }
-}
-
-/// send(2) until all is taken or the socket is full, which is noted.
-fn send(to: &mut Sock, bytes: &[u8]) -> io::Result<usize> {
-    let mut at = 0;
-    while at < bytes.len() {
-        match socket::send(to.fd(), &bytes[at..], to.follow) {
-            Ok(n) => {
-                to.sent(n);
-                at += n;
-            }
-            Err(e) if socket::is_again(&e) && !to.is_full() => {}
-            Err(e) if socket::is_again(&e) => break,
-            Err(e) => return Err(e),
-        }
-    }
-    Ok(at)
-}
-
-/// Sends pieces of what was received, and keeps in `spare` what the socket does not take.
-pub fn hand_on(to: &Sock, received: &[u8], pieces: &[Range<usize>], spare: &mut Spare) -> io::Result<()> {
-    let mut full = !spare.is_empty();
-    for now in pieces.chunks(VECTORS) {
-        let mut sent = 0;
-        if !full {
-            let mut vectors = [IoSlice::new(&[]); VECTORS];
-            for (vector, piece) in vectors.iter_mut().zip(now) {
-                *vector = IoSlice::new(&received[piece.clone()]);
-            }
-            sent = match socket::send_vectored(to.fd(), &vectors[..now.len()]) {
-                Ok(n) => n,
-                Err(e) if socket::is_again(&e) => 0,
-                Err(e) => return Err(e),
-            };
-        }
-        to.sent(sent);
-        for piece in now {
-            let taken = sent.min(piece.len());
-            sent -= taken;
-            full |= taken < piece.len();
-            spare.push(&received[piece.start + taken..piece.end]);
-        }
-    }
-    // A short send may only mean that the socket took a part: the flush that follows finds out.
-    Ok(())
 }
 
 impl Client {

@@ -57,6 +57,11 @@ impl SendMemory {
         self.cap_bytes.set(bytes);
     }
 
+    /// So many bytes more would still fit.
+    pub fn has(&self, bytes: usize) -> bool {
+        self.taken_bytes.get().saturating_add(bytes) <= self.cap_bytes.get()
+    }
+
     /// Takes back what short queues do not need.
     pub fn tick(&self) {
         self.wide.borrow_mut().retain(|wide| wide.upgrade().is_some_and(|wide| !wide.narrow()));
@@ -104,8 +109,7 @@ impl Room {
             return false;
         }
         let memory = &self.memory;
-        let taken = memory.taken_bytes.get() + WIDE_BYTES;
-        if taken > memory.cap_bytes.get()
+        if !memory.has(WIDE_BYTES)
             || socket::tcp_info(client.as_fd()).is_ok_and(|info| info.bytes_acked < WIDE_AFTER_BYTES)
             || socket::set_unsent_limit(client.as_fd(), WIDE_BYTES).is_err()
         {
@@ -114,7 +118,7 @@ impl Room {
         if let Some(upstream) = self.upstream.upgrade() {
             let _ = socket::unlock_receive_buffer(upstream.as_fd(), WIDE_BYTES);
         }
-        memory.taken_bytes.set(taken);
+        memory.taken_bytes.set(memory.taken_bytes.get() + WIDE_BYTES);
         let (client, upstream) = (Rc::downgrade(client), self.upstream.clone());
         let (memory, own_bytes) = (memory.clone(), self.own_bytes);
         let wide = Rc::new(Wide { memory, own_bytes, client, upstream, over: Cell::new(false) });

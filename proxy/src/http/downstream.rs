@@ -99,20 +99,28 @@ impl Downstream {
         if !self.is_readable() {
             return Ok(None);
         }
-        let max = max.min(RECEIVE_BYTES);
+        let at_once = max.min(RECEIVE_BYTES);
         let received = match self {
             Self::User(tls) => return tls.receive(scratch, max, exact),
             Self::Kernel(behind) => {
                 behind.tls.is_sending = behind.down.is_in_flight();
-                behind.tls.read(&mut scratch.received[..max], None)?
+                behind.tls.read(&mut scratch.received[..at_once], None)?
             }
-            Self::Plain(plain) => plain.receive(&mut scratch.received[..max])?,
+            Self::Plain(plain) => plain.receive(&mut scratch.received[..at_once])?,
         };
         if received.bytes > 0 {
             scratch.pieces.push(0..received.bytes);
         }
         let nothing = received.bytes == 0 && received.then == Then::Open && !self.client().sock.readable;
         Ok((!nothing).then_some(received))
+    }
+
+    /// What was received was handed on; whether all of it was taken.
+    pub fn handed_on(&mut self, all_taken: bool) {
+        match self {
+            Self::User(tls) => tls.handed_on(all_taken),
+            Self::Kernel(_) | Self::Plain(_) => {}
+        }
     }
 
     /// Waits until a socket is ready or time is up.

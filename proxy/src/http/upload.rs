@@ -89,7 +89,12 @@ impl Exchange {
             self.near.note(received.then).map_err(Outcome::Ended)?;
             return Ok(Poll::Ready(received.bytes));
         }
-        let Some(received) = self.near.receive(scratch, RECEIVE_BYTES).map_err(Outcome::Ended)? else {
+        // Not much more than the body: what is beyond it is kept.
+        let max = match self.upload {
+            Left::Length(left) => usize::try_from(left).unwrap_or(usize::MAX).max(RECEIVE_BYTES),
+            _ => RECEIVE_BYTES,
+        };
+        let Some(received) = self.near.receive(scratch, max).map_err(Outcome::Ended)? else {
             return Ok(Poll::Ready(0));
         };
         self.take_pieces(scratch)?;
@@ -116,7 +121,10 @@ impl Exchange {
         let is_over = *left == 0;
         if self.up.hand_on(&self.upstream, &scratch.received, &scratch.pieces[..ours]).is_err() {
             self.abandon();
-        } else if is_over {
+            return Ok(());
+        }
+        self.near.downstream.handed_on(self.up.is_empty());
+        if is_over {
             self.upload = Left::Nothing;
         }
         Ok(())

@@ -94,10 +94,14 @@ impl UserKeys {
         Ok(())
     }
 
+    /// Records that our key may still protect, and one for the KeyUpdate or the close_notify that says so.
+    pub fn records_left(&self) -> u64 {
+        self.ring.limit.saturating_sub(self.tx.sequence() + 1)
+    }
+
     /// Our key has protected all the records that it may, or would with `more`.
     pub fn is_used_up(&self, more: usize) -> bool {
-        // One more is kept for the KeyUpdate or the close_notify that says so.
-        self.tx.sequence() + more as u64 + 1 > self.ring.limit
+        self.records_left() < more as u64
     }
 
     /// Gives both keys to the kernel. The direction names what failed.

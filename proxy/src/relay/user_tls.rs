@@ -6,8 +6,10 @@
 //! sees plaintext and how the stream ended. Nothing is held while nothing moves but what a socket did not take, and a
 //! record that is not complete. This module knows no upstream, only a socket that it may read plaintext from.
 
+use super::reach::Reach;
 use super::record::{self, Fatal, Head, Storm, alert};
-use super::{COPY_BYTES, COPY_RECORDS, Client, ClientEnd, Ended, RECEIVE_BYTES, Scratch, Spare, UpstreamEnd};
+use super::{COPY_BYTES, RECEIVE_BYTES, RECEIVE_MOST_BYTES, SEAL_RECORDS};
+use super::{Client, ClientEnd, Ended, Scratch, Spare, UpstreamEnd};
 use crate::observe::counters::End;
 use crate::protect::{self, OVERHEAD_BYTES, OpenError, PLAIN_BYTES, WIRE_BYTES};
 use crate::ring::Sock;
@@ -36,6 +38,9 @@ pub struct UserTls {
     pub to_client: Spare,
     /// The upstream has much to say: how much the client's queue takes is asked before it is read.
     flows: bool,
+    /// Read of the upstream at once, and of the client.
+    reach_down: Reach<COPY_BYTES, { SEAL_RECORDS * PLAIN_BYTES }>,
+    reach_up: Reach<RECEIVE_BYTES, RECEIVE_MOST_BYTES>,
     /// Nothing is read for the client until its queue is shorter: its bytes stay with the upstream.
     waits_for_room: bool,
     /// The client has changed its key since the handshake.
@@ -90,6 +95,8 @@ impl UserTls {
             leftover,
             to_client: Spare::default(),
             flows: false,
+            reach_down: Reach::default(),
+            reach_up: Reach::default(),
             waits_for_room: false,
             rekeyed: false,
             reply_owed: false,
@@ -122,7 +129,8 @@ impl UserTls {
             self.leftover.clear();
             return Ok(Some(self.open(scratch, kept)));
         }
-        let max = if exact { protect::missing_bytes(&self.leftover) } else { max.min(RECEIVE_BYTES) };
+        let reach = || self.reach_up.bytes(&self.client.worker.send_memory);
+        let max = if exact { protect::missing_bytes(&self.leftover) } else { max.min(reach()) };
         match socket::recv(self.client.sock.fd(), &mut scratch.received[kept..kept + max]) {
             Ok(0) => Ok(Some(Received { bytes: 0, then: Then::Truncated })),
             Ok(n) => {
@@ -136,6 +144,11 @@ impl UserTls {
             }
             Err(_) => Err(Ended::abort(End::ClientReset)),
         }
+    }
+
+    /// What was received was handed on: more is read at once now, or less.
+    pub fn handed_on(&mut self, all_taken: bool) {
+        self.reach_up.note(self.client.sock.readable, all_taken);
     }
 
     /// Opens what was received, up to the end of the stream or to what is no record of it.
@@ -255,7 +268,10 @@ impl UserTls {
         let sock = &mut self.client.sock;
         let room = if self.flows { sock.room_bytes() } else { Some(FIRST_READ_BYTES) };
         let appetite = match room {
-            Some(room) => Some((room / PLAIN_BYTES).clamp(1, COPY_RECORDS) * PLAIN_BYTES),
+            Some(room) => {
+                let reach = self.reach_down.bytes(&self.client.worker.send_memory);
+                Some((room / PLAIN_BYTES).clamp(1, reach / PLAIN_BYTES) * PLAIN_BYTES)
+            }
             None if sock.is_full() => None,
             // It has got more room.
             None => Some(FIRST_READ_BYTES),
@@ -302,9 +318,10 @@ impl UserTls {
     pub fn seal_from(&mut self, upstream: &mut Sock, scratch: &mut Scratch, max: u64) -> Result<Sealed, Ended> {
         let (head, tail) = (self.keys.tx.head_bytes(), self.keys.tx.tail_bytes());
         let slot_bytes = head + PLAIN_BYTES + tail;
-        let slots = &mut scratch.sealed[..slot_bytes * COPY_RECORDS];
+        let slots = &mut scratch.sealed[..slot_bytes * SEAL_RECORDS];
         let Some(appetite) = self.appetite() else { return Ok(Sealed::Nothing) };
-        let wanted = usize::try_from(max).unwrap_or(usize::MAX).min(appetite);
+        let of_this_key = self.keys.records_left().saturating_mul(PLAIN_BYTES as u64);
+        let wanted = usize::try_from(max.min(of_this_key)).unwrap_or(usize::MAX).min(appetite);
         let mut left = wanted;
         let mut chunks = slots.chunks_exact_mut(slot_bytes);
         let mut body = || {
@@ -312,7 +329,7 @@ impl UserTls {
             left -= len;
             chunks.next().map_or(&mut [][..], |slot| &mut slot[head..head + len])
         };
-        let mut vectors: [IoSliceMut<'_>; COPY_RECORDS] = std::array::from_fn(|_| IoSliceMut::new(body()));
+        let mut vectors: [IoSliceMut<'_>; SEAL_RECORDS] = std::array::from_fn(|_| IoSliceMut::new(body()));
         let plain = match socket::recv_vectored(upstream.fd(), &mut vectors) {
             Ok(0) => return Ok(Sealed::Eof),
             Ok(n) => n,
@@ -326,6 +343,7 @@ impl UserTls {
         upstream.readable = plain == wanted;
         self.flows = plain >= FIRST_READ_BYTES || (self.flows && plain >= PLAIN_BYTES);
         self.send_slots(scratch, plain)?;
+        self.reach_down.note(upstream.readable, self.to_client.is_empty());
         Ok(Sealed::Bytes(plain))
     }
 

@@ -8,7 +8,7 @@
 
 use super::user_tls::{Received, Sealed, Then, UserTls};
 use super::{COPY_RECORDS, HALF_OPEN_TIMEOUT};
-use super::{Down, Ended, RECEIVE_BYTES, Scratch, Spare, TURN_BYTES, Turn, Up, Want, hand_on, over, timed_out};
+use super::{Down, Ended, Scratch, Spare, TURN_BYTES, Turn, Up, Want, hand_on, over, timed_out};
 use crate::observe::counters::End;
 use crate::protect::PLAIN_BYTES;
 use crate::ring::Sock;
@@ -128,7 +128,7 @@ impl Userspace {
                 return Ok(Turn::Wait);
             }
             let exact = self.wants_door();
-            let Some(received) = self.tls.receive(scratch, RECEIVE_BYTES, exact)? else { return Ok(Turn::Wait) };
+            let Some(received) = self.tls.receive(scratch, usize::MAX, exact)? else { return Ok(Turn::Wait) };
             self.take(scratch, received)?;
             budget = budget.saturating_sub(received.bytes.max(PLAIN_BYTES / 16));
             if budget == 0 {
@@ -142,6 +142,7 @@ impl Userspace {
         if hand_on(&self.upstream, &scratch.received, &scratch.pieces, &mut self.to_upstream).is_err() {
             self.give_up_upload();
         }
+        self.tls.handed_on(self.to_upstream.is_empty());
         self.tls.client.moved_up += received.bytes as u64;
         self.tls.client.worker.counters.up_copied.add(received.bytes as u64);
         match received.then {

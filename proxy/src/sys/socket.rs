@@ -79,8 +79,8 @@ pub fn send(socket: BorrowedFd<'_>, bytes: &[u8], follow: Follow) -> io::Result<
     cvt(n)
 }
 
-/// Buffers of one vectored call: the seventeen full records that a large read completes at most, and one.
-pub const VECTORS: usize = 18;
+/// Buffers of one vectored call: the full records that the largest read completes at most, and one.
+pub const VECTORS: usize = 66;
 
 /// recvmsg(2) without waiting, into at most `VECTORS` buffers in turn.
 pub fn recv_vectored(socket: BorrowedFd<'_>, into: &mut [IoSliceMut<'_>]) -> io::Result<usize> {
