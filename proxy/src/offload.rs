@@ -81,7 +81,8 @@ pub fn through_the_door(tls: UserTls) -> Offloaded {
     if ktls::attach(tls.client.sock.fd()).is_err() {
         return declined(tls, Decline::Socket);
     }
-    let UserTls { client, keys, .. } = tls;
+    let UserTls { mut client, keys, .. } = tls;
+    client.sock.limit_room();
     match keys.into_kernel(client.sock.fd()) {
         Ok(keys) => {
             client.worker.counters.offloaded.add(1);

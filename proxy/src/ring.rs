@@ -118,7 +118,14 @@ impl Sock {
     pub fn draw_on(&mut self, memory: Rc<SendMemory>, upstream: &Self) {
         match &mut self.room {
             Some(room) => room.follow(&upstream.fd),
-            None => self.room = Some(Box::new(Room::new(memory, &self.fd, &upstream.fd))),
+            None => self.room = Some(Box::new(Room::new(memory, &upstream.fd))),
+        }
+    }
+
+    /// There is much for this client: from now on its queue, and what is received for it, have limits.
+    pub fn limit_room(&mut self) {
+        if let Some(room) = &mut self.room {
+            room.limit(&self.fd);
         }
     }
 

@@ -4,7 +4,8 @@
 //!
 //! A fast reader needs about a megabyte ready in its queue, or it waits for bytes that were there (a third more CPU on
 //! bulk), and the upstream's receive buffer grows with it. A thousand that read nothing would hold gigabytes so, and past
-//! `net.ipv4.tcp_mem` the kernel slows every connection of the host. So each has `OWN_BYTES` in the client's send queue
+//! `net.ipv4.tcp_mem` the kernel slows every connection of the host. So each has `OWN_BYTES` in the client's send queue,
+//! from the first large answer on,
 //! and the kernel's first receive buffer at the upstream; what is beyond has to be earned by reading, and comes out of
 //! `limits.send_memory`.
 
@@ -34,7 +35,8 @@ pub struct SendMemory {
 /// Where one client's room comes from, and whose bytes it is for.
 pub struct Room {
     memory: Rc<SendMemory>,
-    own_bytes: usize,
+    /// What the queue may hold unsent; none: it has not been limited yet, as it never held much.
+    own_bytes: Option<usize>,
     upstream: Weak<OwnedFd>,
     wide: Option<Rc<Wide>>,
 }
@@ -69,18 +71,29 @@ impl SendMemory {
 }
 
 impl Room {
+    /// Nothing is limited before `limit`: most clients never get more than a few records.
+    pub fn new(memory: Rc<SendMemory>, upstream: &Rc<OwnedFd>) -> Self {
+        Self { memory, own_bytes: None, upstream: Rc::downgrade(upstream), wide: None }
+    }
+
     /// The client gets its own, and the upstream's receive buffer stays as it is until the client takes more.
-    pub fn new(memory: Rc<SendMemory>, client: &Rc<OwnedFd>, upstream: &Rc<OwnedFd>) -> Self {
+    pub fn limit(&mut self, client: &Rc<OwnedFd>) -> usize {
+        if let Some(own_bytes) = self.own_bytes {
+            return own_bytes;
+        }
         let packet = socket::tcp_info(client.as_fd()).map_or(0, |info| info.path_mtu_bytes as usize);
         let own_bytes = OWN_BYTES.max(packet * OWN_PACKETS);
         let _ = socket::set_unsent_limit(client.as_fd(), own_bytes);
-        let _ = socket::lock_receive_buffer(upstream.as_fd());
-        Self { memory, own_bytes, upstream: Rc::downgrade(upstream), wide: None }
+        if let Some(upstream) = self.upstream.upgrade() {
+            let _ = socket::lock_receive_buffer(upstream.as_fd());
+        }
+        self.own_bytes = Some(own_bytes);
+        own_bytes
     }
 
     /// Goes on with another upstream.
     pub fn follow(&mut self, upstream: &Rc<OwnedFd>) {
-        if !self.is_wide() {
+        if self.own_bytes.is_some() && !self.is_wide() {
             let _ = socket::lock_receive_buffer(upstream.as_fd());
         }
         self.upstream = Rc::downgrade(upstream);
@@ -94,7 +107,7 @@ impl Room {
     /// What the client's queue still takes, or nothing until the kernel calls it writable again, which is below half of
     /// its limit. One that is empty has no measure: how much goes out at once only the kernel knows.
     pub fn left_bytes(&self, client: &Rc<OwnedFd>) -> Option<usize> {
-        let limit = if self.is_wide() { WIDE_BYTES } else { self.own_bytes };
+        let limit = if self.is_wide() { WIDE_BYTES } else { self.own_bytes.unwrap_or(OWN_BYTES) };
         match socket::unsent(client.as_fd()) {
             Ok(0) | Err(_) => Some(usize::MAX),
             Ok(unsent) if unsent < limit / 2 => Some(limit - unsent),
@@ -108,6 +121,7 @@ impl Room {
         if self.is_wide() {
             return false;
         }
+        let own_bytes = self.limit(client);
         let memory = &self.memory;
         if !memory.has(WIDE_BYTES)
             || socket::tcp_info(client.as_fd()).is_ok_and(|info| info.bytes_acked < WIDE_AFTER_BYTES)
@@ -120,7 +134,7 @@ impl Room {
         }
         memory.taken_bytes.set(memory.taken_bytes.get() + WIDE_BYTES);
         let (client, upstream) = (Rc::downgrade(client), self.upstream.clone());
-        let (memory, own_bytes) = (memory.clone(), self.own_bytes);
+        let memory = memory.clone();
         let wide = Rc::new(Wide { memory, own_bytes, client, upstream, over: Cell::new(false) });
         self.memory.wide.borrow_mut().push(Rc::downgrade(&wide));
         self.wide = Some(wide);
@@ -184,7 +198,7 @@ mod tests {
         let memory = SendMemory::new(WIDE_BYTES);
         let (upstream, _server) = pair();
         let (client, _reader) = reading(0);
-        let mut room = Room::new(memory, &client, &Rc::new(OwnedFd::from(upstream)));
+        let mut room = Room::new(memory, &Rc::new(OwnedFd::from(upstream)));
         assert!(!room.widen(&client));
     }
 
@@ -195,8 +209,7 @@ mod tests {
         let upstream = Rc::new(OwnedFd::from(upstream));
         let (full, mut reader) = reading(2 * WIDE_AFTER_BYTES);
         let (other, _peer) = reading(2 * WIDE_AFTER_BYTES);
-        let [mut first, mut second, mut third] =
-            [&full, &other, &other].map(|client| Room::new(memory.clone(), client, &upstream));
+        let [mut first, mut second, mut third] = [(); 3].map(|()| Room::new(memory.clone(), &upstream));
         assert!(first.widen(&full), "room for one");
         assert!(!first.widen(&full), "once");
         assert!(second.widen(&other), "room for two");

@@ -5,6 +5,7 @@ pub mod der;
 pub mod grade;
 pub mod hello;
 pub mod judge;
+pub mod key_schedule;
 pub mod ocsp;
 pub mod pem;
 pub mod policy;

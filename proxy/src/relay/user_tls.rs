@@ -371,6 +371,9 @@ impl UserTls {
             let len = PLAIN_BYTES.min(plain - n * PLAIN_BYTES);
             sealed += self.keys.tx.seal(content_type::APPLICATION_DATA, slot, len);
         }
+        if plain >= PLAIN_BYTES {
+            self.client.sock.limit_room();
+        }
         let gone = |_| Ended::abort(End::ClientReset);
         self.to_client.send(&mut self.client.sock, &slots[..sealed]).map_err(gone)?;
         self.storm.sent_data(plain);

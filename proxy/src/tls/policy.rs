@@ -9,6 +9,7 @@
 //! what it would cost in the grade, by the SSL Server Rating Guide of SSL Labs
 //! (<https://github.com/ssllabs/research/wiki/SSL-Server-Rating-Guide>).
 
+use super::key_schedule;
 use super::resolver::Resolver;
 use super::tickets::Ticketer;
 use super::traffic;
@@ -191,7 +192,8 @@ pub fn group_name(group: rustls::NamedGroup) -> &'static str {
 }
 
 fn provider(tls: &Tls) -> CryptoProvider {
-    CryptoProvider { cipher_suites: suites_of(tls), kx_groups: groups_of(tls), ..aws_lc_rs::default_provider() }
+    let cipher_suites = suites_of(tls).into_iter().map(key_schedule::prepared).collect();
+    CryptoProvider { cipher_suites, kx_groups: groups_of(tls), ..aws_lc_rs::default_provider() }
 }
 
 fn versions(suites: &[SupportedCipherSuite]) -> Vec<&'static SupportedProtocolVersion> {
