@@ -4,10 +4,9 @@
 //!
 //! A fast reader needs about a megabyte ready in its queue, or it waits for bytes that were there (a third more CPU on
 //! bulk), and the upstream's receive buffer grows with it. A thousand that read nothing would hold gigabytes so, and past
-//! `net.ipv4.tcp_mem` the kernel slows every connection of the host. So each has `OWN_BYTES` in the client's send queue,
-//! from the first large answer on,
-//! and the kernel's first receive buffer at the upstream; what is beyond has to be earned by reading, and comes out of
-//! `limits.send_memory`.
+//! `net.ipv4.tcp_mem` the kernel slows every connection of the host. So each has `OWN_BYTES` in the client's send queue, from
+//! its first large answer on, and the kernel's first receive buffer at the upstream; what is beyond has to be earned by
+//! reading, and comes out of `limits.send_memory`.
 
 use crate::sys::socket;
 use std::cell::{Cell, RefCell};
