@@ -270,6 +270,10 @@ impl Drop for Workplace {
     }
 }
 
+fn absolute(path: Option<&Path>) -> Result<Option<PathBuf>> {
+    path.map(|path| std::path::absolute(path).with_context(|| format!("find {}", path.display()))).transpose()
+}
+
 fn run(options: &RunOptions) -> Result<()> {
     let work = Workplace::new()?;
     let line_up = Peer::line_up(machine::Machine::look().kernel_tls);
@@ -285,7 +289,11 @@ fn run(options: &RunOptions) -> Result<()> {
         peers.retain(|peer| options.peers.iter().any(|name| name == peer.name()));
     }
     let plan = Plan {
-        programs: Programs { tlsplice: options.tlsplice.clone(), root: options.peers_root.clone() },
+        // Peers are started in folders of their own.
+        programs: Programs {
+            tlsplice: absolute(options.tlsplice.as_deref())?,
+            root: absolute(options.peers_root.as_deref())?,
+        },
         peers,
         kinds: if options.kinds.is_empty() && options.curve.is_empty() {
             Kind::ALL.into_iter().filter(|kind| kind.is_compared()).collect()
