@@ -2,7 +2,7 @@
 //!
 //! What the machine does beside the measurement meets the peers too. So where both runs have peers, each round's figure is
 //! first divided by how much the peers of the same round cost against what they cost in all rounds of both runs. What is left
-//! counts as a change only if it is large, larger than the rounds scatter, and the ranks agree.
+//! counts as a change only if it is large, larger than the rounds scatter, ours and the peers', and the ranks agree.
 
 use crate::load::Kind;
 use crate::result::{Figure, OURS, Run};
@@ -60,10 +60,15 @@ fn row(before: &Run, after: &Run, kind: Kind, peer: &str) -> Option<Change> {
     let a = corrected(before, kind, figure, peer, &shared);
     let b = corrected(after, kind, figure, peer, &shared);
     let factor = statistics::median(&b)? / statistics::median(&a)?;
-    let sure = |values: &[f64]| statistics::scatter(values) * MEDIAN_PENALTY / (values.len() as f64).sqrt();
-    let noise = (sure(&a).powi(2) + sure(&b).powi(2)).sqrt();
+    let sure = |run: &Run, values: &[f64]| {
+        // A few rounds may be calm by luck: what the peers scatter in the same run counts too.
+        let peers = shared.iter().map(|(peer, _)| statistics::scatter(&corrected(run, kind, figure, peer, &shared)));
+        let usual = statistics::median(&peers.collect::<Vec<_>>()).unwrap_or(0.0);
+        statistics::scatter(values).max(usual) * MEDIAN_PENALTY / (values.len() as f64).sqrt()
+    };
+    let noise = sure(before, &a).hypot(sure(after, &b));
     let drift = unexplained_drift(before, after, kind, figure, &shared);
-    let threshold = 1.0 + LEAST_CHANGE.max(LEAST_SIGMAS * noise).max(drift);
+    let threshold = LEAST_CHANGE.ln_1p().max(LEAST_SIGMAS * noise).exp().max(1.0 + drift);
     let worse = factor > threshold && statistics::chance_of_rising(&a, &b) <= LARGEST_CHANCE;
     let better = factor < 1.0 / threshold && statistics::chance_of_rising(&b, &a) <= LARGEST_CHANCE;
     let verdict = match (worse, better) {
@@ -210,5 +215,15 @@ mod tests {
         let wild = [(15.0, 20.0), (19.0, 20.1), (12.0, 19.9), (17.5, 20.2), (13.0, 20.0)];
         let wild_and_more = wild.map(|(ours, peer)| (ours * 1.1, peer));
         assert_eq!(verdict(&wild, &wild_and_more), Verdict::Same);
+    }
+
+    /// p99 in µs as one build and a peer had it in two runs, in which ours was calm by luck once.
+    #[test]
+    fn a_calm_series_beside_wild_peers_is_luck() {
+        let ours = [2367., 2103., 1186., 1188., 1246., 1297., 1222., 1601., 1771.];
+        let later = [2453., 2461., 2743., 1896., 2131., 2613., 3939., 52703., 3079.];
+        let peer = [1128., 2367., 11375., 2299., 2381., 1443., 2169., 2785., 1559.];
+        let pairs = |values: [f64; 9]| values.into_iter().zip(peer).collect::<Vec<_>>();
+        assert_eq!(verdict(&pairs(ours), &pairs(later)), Verdict::Same);
     }
 }

@@ -18,13 +18,15 @@ pub fn range(values: &[f64]) -> Option<(f64, f64)> {
     finite.fold(None, |range, v| range.map_or(Some((v, v)), |(low, high): (f64, f64)| Some((low.min(v), high.max(v)))))
 }
 
-/// How far a typical value lies from the median, as a share of it, scaled to what a standard deviation would be.
+/// By what factor a typical positive value differs from the median, as its logarithm, scaled to what a standard deviation
+/// would be. For small ones that is a share; for latencies, which have a long tail, it sees both sides alike.
 pub fn scatter(values: &[f64]) -> f64 {
     /// What makes a median of absolute deviations comparable to a standard deviation, for normal noise.
     const MAD_TO_SIGMA: f64 = 1.4826;
-    let Some(middle) = median(values).filter(|m| *m != 0.0) else { return 0.0 };
-    let deviations: Vec<f64> = values.iter().map(|v| (v - middle).abs()).collect();
-    median(&deviations).unwrap_or(0.0) * MAD_TO_SIGMA / middle.abs()
+    let Some(middle) = median(values).filter(|m| *m > 0.0) else { return 0.0 };
+    let positive = values.iter().filter(|v| **v > 0.0);
+    let deviations: Vec<f64> = positive.map(|v| (v / middle).ln().abs()).collect();
+    median(&deviations).unwrap_or(0.0) * MAD_TO_SIGMA
 }
 
 /// The middle of what is left after a quarter of the values was cut off at both ends: as robust as a median against a few
