@@ -47,6 +47,8 @@ const MEMORY_MAX_BYTES: u64 = 1 << 40;
 const SEND_MEMORY_BYTES: u64 = 128 << 20;
 /// RFC 8446 section 5.5 allows 2^24.5 full records under one AES-GCM key; rustls renews at 2^24, and so do we.
 const RECORDS_PER_KEY_MAX: u64 = 1 << 24;
+/// A key that one read of an upstream would use up could never be the next: a connection would only renew keys.
+const RECORDS_PER_KEY_MIN: u64 = 64;
 /// A handshake or a connect that takes longer only holds a slot.
 const SHORT_TIMEOUTS: std::ops::RangeInclusive<Duration> = Duration::from_millis(1)..=Duration::from_secs(3600);
 const IDLE_TIMEOUTS: std::ops::RangeInclusive<Duration> = Duration::from_millis(1)..=Duration::from_secs(365 * 86_400);
@@ -171,8 +173,9 @@ fn read_limits(mut section: Section<'_>, problems: &mut Problems<'_>) -> Limits 
         section.take_or(problems, "pipe_memory", PIPE_MEMORY_BYTES, |v| value::size(v, 0..=MEMORY_MAX_BYTES));
     let send_memory_bytes =
         section.take_or(problems, "send_memory", SEND_MEMORY_BYTES, |v| value::size(v, 0..=MEMORY_MAX_BYTES));
-    let records_per_key =
-        section.take_or(problems, "records_per_key", RECORDS_PER_KEY_MAX, |v| value::whole(v, 1..=RECORDS_PER_KEY_MAX));
+    let records_per_key = section.take_or(problems, "records_per_key", RECORDS_PER_KEY_MAX, |v| {
+        value::whole(v, RECORDS_PER_KEY_MIN..=RECORDS_PER_KEY_MAX)
+    });
     section.finish(problems);
     Limits {
         handshake_timeout,

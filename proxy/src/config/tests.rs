@@ -241,7 +241,7 @@ fn values_out_of_range_are_refused() {
         ("limits", "connections = 1.5"),
         ("limits", "pipe_memory = \"64 MB\""),
         ("limits", "pipe_memory = -1"),
-        ("limits", "records_per_key = 0"),
+        ("limits", "records_per_key = 63"),
         ("limits", "records_per_key = 16777217"),
         ("log", "level = \"loud\""),
         ("[listener]", "offload = true"),
