@@ -237,7 +237,10 @@ impl Measuring<'_> {
 
     fn round(&mut self, number: usize, works: &[Work], progress: &mut Progress) -> Result<()> {
         let shared = self.start_all()?;
-        if let (true, 0, [first, ..]) = (self.plan.counted, number, works) {
+        if self.plan.counted
+            && number == 0
+            && let Some(first) = works.first()
+        {
             // The very first measurement in a guest has had dozens of times what it should: once for nothing.
             measure(&self.setup, &shared[0], &self.load(*first), None, None)?;
         }

@@ -258,35 +258,28 @@ impl Setup {
         let config = folder.join("config");
         let write = |text: String| fs::write(&config, text).with_context(|| format!("write {}", config.display()));
         let file = config.clone().into_os_string();
-        match peer {
-            Peer::Tlsplice
-            | Peer::TlspliceHttp
-            | Peer::TlspliceUserspace
-            | Peer::TlspliceKernel
-            | Peer::TlspliceRing => {
+        match peer.program() {
+            Program::Tlsplice => {
                 write(self.tlsplice(peer, address))?;
                 Ok(vec!["run".into(), "--config".into(), file])
             }
-            Peer::NginxStream | Peer::NginxStreamKtls | Peer::NginxHttp | Peer::NginxHttpKtls => {
+            Program::Nginx => {
                 write(self.nginx(peer, address, folder))?;
                 Ok(vec!["-c".into(), file, "-e".into(), folder.join("error.log").into(), "-p".into(), folder.into()])
             }
-            Peer::HaproxyTcp => {
-                write(self.haproxy("tcp", address))?;
+            Program::Haproxy => {
+                write(self.haproxy(if peer == Peer::HaproxyHttp { "http" } else { "tcp" }, address))?;
                 Ok(vec!["-f".into(), file])
             }
-            Peer::HaproxyHttp => {
-                write(self.haproxy("http", address))?;
-                Ok(vec!["-f".into(), file])
-            }
-            Peer::Hitch => {
+            Program::Hitch => {
                 write(self.hitch(address))?;
                 let mut option = OsString::from("--config=");
                 option.push(&config);
                 Ok(vec![option])
             }
-            Peer::CopyRelay => Ok(relay("copy", address, self.upstream)),
-            Peer::SpliceRelay => Ok(relay("splice", address, self.upstream)),
+            Program::Ourselves => {
+                Ok(relay(if peer == Peer::SpliceRelay { "splice" } else { "copy" }, address, self.upstream))
+            }
         }
     }
 

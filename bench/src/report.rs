@@ -5,7 +5,7 @@
 use crate::curve::{self, Curve};
 use crate::load::Kind;
 use crate::measure;
-use crate::result::{Figure, OURS, Run, aim};
+use crate::result::{Figure, Run, aim, is_own};
 use crate::statistics;
 use crate::table::number;
 use std::fmt::Write as _;
@@ -70,7 +70,7 @@ fn summary(run: &Run) -> String {
     for kind in run.kinds() {
         let figure = Figure::of(kind);
         let Some(best) = run.best_peer(kind, figure) else { continue };
-        for ours in run.peers().into_iter().filter(|peer| peer.starts_with(OURS)) {
+        for ours in run.own() {
             let ratios = run.advantage(kind, figure, ours, &best.peer);
             let (Some(ratio), Some((low, high))) = (statistics::median(&ratios), statistics::range(&ratios)) else {
                 continue;
@@ -123,7 +123,7 @@ fn cards(run: &Run, title: &str, figure: Figure, only: &[Kind]) -> String {
             .filter(|series| series.kind == kind)
             .filter_map(|series| {
                 let (values, median) = (series.values(figure), series.median(figure)?);
-                let class = if series.peer.starts_with(OURS) { "ours" } else { "" };
+                let class = if is_own(&series.peer) { "ours" } else { "" };
                 Some(Line { name: series.peer.clone(), class, values, median })
             })
             .collect();

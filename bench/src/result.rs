@@ -226,6 +226,11 @@ impl Run {
         peers
     }
 
+    /// Those of them that are tlsplice, in whatever setting.
+    pub fn own(&self) -> Vec<&str> {
+        self.peers().into_iter().filter(|peer| is_own(peer)).collect()
+    }
+
     /// Kinds of work that were measured, in the order of a table.
     pub fn kinds(&self) -> Vec<Kind> {
         Kind::ALL.into_iter().filter(|kind| self.series.iter().any(|series| series.kind == *kind)).collect()
@@ -233,7 +238,7 @@ impl Run {
 
     /// The peer that does best at something, tlsplice in any of its settings left out.
     pub fn best_peer(&self, kind: Kind, figure: Figure) -> Option<&Series> {
-        let peers = self.series.iter().filter(|s| s.kind == kind && !s.peer.starts_with(OURS));
+        let peers = self.series.iter().filter(|s| s.kind == kind && !is_own(&s.peer));
         let known = peers.filter_map(|series| Some((series, series.median(figure)?)));
         let better = |a: &f64, b: &f64| if figure.less_is_better() { a.total_cmp(b) } else { b.total_cmp(a) };
         known.min_by(|(_, a), (_, b)| better(a, b)).map(|(series, _)| series)
@@ -246,6 +251,11 @@ impl Run {
         let values = pairs.filter_map(|(a, b)| Some((a.figure(figure, kind)?, b.figure(figure, kind)?)));
         values.map(|(a, b)| if figure.less_is_better() { b / a } else { a / b }).collect()
     }
+}
+
+/// Whether a name is tlsplice's in one of its settings.
+pub fn is_own(peer: &str) -> bool {
+    peer.starts_with(OURS)
 }
 
 /// What tlsplice aims at, as a factor against the best peer; `None` where no factor was set.

@@ -6,9 +6,6 @@ use crate::measure;
 use crate::result::{Figure, OURS, PERCENTILES, Run, Series, aim};
 use crate::statistics;
 
-/// Where kernel TLS works, these are measured as well.
-const OWN_VARIANTS: [&str; 5] = [OURS, "tlsplice-http", "tlsplice-userspace", "tlsplice-kernel", "tlsplice-ring"];
-
 /// All tables.
 pub fn show(run: &Run) -> String {
     let mut text = String::new();
@@ -177,7 +174,7 @@ pub fn versus_best(run: &Run) -> String {
     for kind in run.kinds() {
         let figure = Figure::of(kind);
         let Some(best) = run.best_peer(kind, figure) else { continue };
-        for ours in OWN_VARIANTS {
+        for ours in run.own() {
             let ratios = run.advantage(kind, figure, ours, &best.peer);
             let (Some(ratio), Some((low, high))) = (statistics::median(&ratios), statistics::range(&ratios)) else {
                 continue;
@@ -220,7 +217,7 @@ fn limit(run: &Run) -> String {
     let mut row = |name: &str, (down, up): (f64, f64)| rows.push(vec![name.into(), number(down), number(up)]);
     row("plain relay that copies, and the cipher", copy);
     row("plain relay that splices, and the cipher (the floor with kernel TLS)", splice);
-    for ours in OWN_VARIANTS {
+    for ours in run.own() {
         let value = |kind| run.series(kind, ours).and_then(|s| s.median(Figure::Cpu));
         if let (Some(down), Some(up)) = (value(Kind::Down), value(Kind::Up)) {
             row(ours, (down, up));

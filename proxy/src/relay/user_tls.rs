@@ -129,8 +129,11 @@ impl UserTls {
             self.leftover.clear();
             return Ok(Some(self.open(scratch, kept)));
         }
-        let reach = || self.reach_up.bytes(&self.client.worker.send_memory);
-        let max = if exact { protect::missing_bytes(&self.leftover) } else { max.min(reach()) };
+        let max = if exact {
+            protect::missing_bytes(&self.leftover)
+        } else {
+            max.min(self.reach_up.bytes(&self.client.worker.send_memory))
+        };
         match socket::recv(self.client.sock.fd(), &mut scratch.received[kept..kept + max]) {
             Ok(0) => Ok(Some(Received { bytes: 0, then: Then::Truncated })),
             Ok(n) => {

@@ -2,9 +2,9 @@
 //!
 //!   a secret ─▶ two blocks hashed ─▶ label, label, label: two more blocks for each
 //!
-//! aws-lc's own HKDF hashes the key anew for each label, and TLS 1.3 derives two to five from most of its secrets: a handshake
-//! with SHA-384 costs 96 blocks for labels that way and 74 this way. A FIPS build keeps aws-lc's own, which is the module's
-//! validated service.
+//! aws-lc's own HKDF hashes the key anew for each label, and TLS 1.3 derives two to five from most of its secrets: by the
+//! schedule of RFC 8446 section 7.1 a handshake hashes about 96 blocks for its labels that way, and 74 this way. A FIPS build keeps
+//! aws-lc's own, which is the module's validated service.
 
 use aws_lc_rs::hmac;
 use rustls::crypto::hmac::{Hmac, Key, Tag};
