@@ -11,7 +11,6 @@ use super::head::FIELDS_MAX;
 use super::refusal::{Refusal, Status};
 use super::target::{Target, is_host};
 use httparse::Header;
-use std::io::Write as _;
 use std::net::IpAddr;
 
 /// What an upstream gets for a client of HTTP/1.0 that names no host: HTTP/1.1 asks for one, and an empty one is refused.
@@ -100,9 +99,8 @@ impl Request {
 
     fn write(&mut self, seen: &Seen<'_>, fields: &[Header<'_>], client: IpAddr) {
         let mut out = std::mem::take(&mut self.head);
-        // Writing to a Vec cannot fail.
         let host = if self.host.is_empty() { NO_HOST } else { &self.host };
-        let _ = write!(out, "{} {} HTTP/1.1\r\nHost: {host}\r\n", self.method, self.target);
+        say(&mut out, &[&self.method, " ", &self.target, " HTTP/1.1\r\nHost: ", host, "\r\n"]);
         for field in fields {
             let keep = match Field::of(field.name) {
                 Field::Other | Field::Date | Field::StrictTransportSecurity => !seen.connection.names(field.name),
@@ -123,33 +121,39 @@ impl Request {
             }
         }
         if let (Some(hops), "OPTIONS") = (seen.max_forwards, self.method.as_str()) {
-            let _ = write!(out, "Max-Forwards: {}\r\n", hops - 1);
+            say(&mut out, &["Max-Forwards: ", &(hops - 1).to_string(), "\r\n"]);
         }
         match self.body {
-            Body::Length(length) => drop(write!(out, "Content-Length: {length}\r\n")),
+            Body::Length(length) => say(&mut out, &["Content-Length: ", &length.to_string(), "\r\n"]),
             Body::Chunked => out.extend_from_slice(b"Transfer-Encoding: chunked\r\n"),
             // RFC 9110 section 8.6: a method that usually has a body says that there is none.
             Body::None if seen.framing.is_framed() => out.extend_from_slice(b"Content-Length: 0\r\n"),
             Body::None | Body::UntilClose => {}
         }
         match (&self.upgrade, seen.te_trailers) {
-            (Some(protocols), _) => drop(write!(out, "Connection: upgrade\r\nUpgrade: {protocols}\r\n")),
+            (Some(protocols), _) => say(&mut out, &["Connection: upgrade\r\nUpgrade: ", protocols, "\r\n"]),
             (None, true) => out.extend_from_slice(b"Connection: TE\r\nTE: trailers\r\n"),
             (None, false) => {}
         }
-        let node = match client {
-            IpAddr::V4(v4) => v4.to_string(),
-            IpAddr::V6(v6) => format!("\"[{v6}]\""),
-        };
-        let _ = write!(out, "X-Forwarded-For: {client}\r\nX-Forwarded-Proto: https\r\n");
+        let address = client.to_string();
+        let [open, close] = if client.is_ipv6() { ["\"[", "]\""] } else { [""; 2] };
+        say(&mut out, &["X-Forwarded-For: ", &address, "\r\nX-Forwarded-Proto: https\r\n"]);
         if self.host.is_empty() {
-            let _ = write!(out, "Forwarded: for={node};proto=https\r\n");
+            say(&mut out, &["Forwarded: for=", open, &address, close, ";proto=https\r\n"]);
         } else {
             let host = &self.host;
-            let _ = write!(out, "X-Forwarded-Host: {host}\r\nForwarded: for={node};proto=https;host=\"{host}\"\r\n");
+            say(&mut out, &["X-Forwarded-Host: ", host, "\r\nForwarded: for=", open, &address, close]);
+            say(&mut out, &[";proto=https;host=\"", host, "\"\r\n"]);
         }
-        let _ = write!(out, "Via: 1.{} tlsplice\r\n\r\n", self.minor);
+        say(&mut out, &["Via: 1.", if self.minor == 0 { "0" } else { "1" }, " tlsplice\r\n\r\n"]);
         self.head = out;
+    }
+}
+
+/// Appends text, piece by piece: every request is written, and formatting would take more than the rest of it.
+pub(super) fn say(out: &mut Vec<u8>, pieces: &[&str]) {
+    for piece in pieces {
+        out.extend_from_slice(piece.as_bytes());
     }
 }
 

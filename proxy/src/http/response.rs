@@ -7,10 +7,10 @@ use super::field::{Connection, Field, members};
 use super::framing::{Body, Framing};
 use super::head::FIELDS_MAX;
 use super::refusal::Refusal;
-use super::request::put;
+use super::request::{put, say};
 use httparse::Header;
-use std::io::Write as _;
-use std::time::SystemTime;
+use std::cell::RefCell;
+use std::time::{SystemTime, UNIX_EPOCH};
 
 /// What the request that it answers decides about a response.
 #[derive(Debug, Clone, Copy)]
@@ -79,8 +79,7 @@ impl Response {
 
     fn write(&mut self, reason: &str, seen: &Seen<'_>, fields: &[Header<'_>], asked: &Asked<'_>) {
         let out = &mut self.head;
-        // Writing to a Vec cannot fail.
-        let _ = write!(out, "HTTP/1.1 {} {reason}\r\n", self.status);
+        say(out, &["HTTP/1.1 ", &self.status.to_string(), " ", reason, "\r\n"]);
         for field in fields {
             let keep = match Field::of(field.name) {
                 Field::Other | Field::Date | Field::Host | Field::Expect | Field::MaxForwards | Field::Forwarding => {
@@ -103,29 +102,29 @@ impl Response {
             Kind::Interim => {}
             Kind::Switched => {
                 let protocol = seen.upgrade.unwrap_or_default();
-                let _ = write!(out, "Connection: upgrade\r\nUpgrade: {protocol}\r\n");
+                say(out, &["Connection: upgrade\r\nUpgrade: ", protocol, "\r\n"]);
                 put(out, "Strict-Transport-Security", asked.hsts.as_bytes());
             }
             Kind::Final { body, keep_client, .. } => {
                 if !seen.has_date {
-                    let _ = write!(out, "Date: {}\r\n", httpdate::fmt_http_date(SystemTime::now()));
+                    put_date(out);
                 }
                 put(out, "Strict-Transport-Security", asked.hsts.as_bytes());
                 match (body, seen.framing.length()) {
                     (Body::Chunked, _) if asked.minor == 1 => out.extend_from_slice(b"Transfer-Encoding: chunked\r\n"),
                     // Behind HEAD and in 304 it tells of a body that is not there.
                     (Body::Length(_) | Body::None, Some(length)) if self.status != 204 => {
-                        let _ = write!(out, "Content-Length: {length}\r\n");
+                        say(out, &["Content-Length: ", &length.to_string(), "\r\n"]);
                     }
                     (Body::Chunked | Body::Length(_) | Body::None | Body::UntilClose, _) => {}
                 }
                 match (self.status, seen.upgrade) {
                     // It says which protocol would do (RFC 9110 section 15.5.22).
                     (426, Some(protocol)) if keep_client => {
-                        let _ = write!(out, "Connection: upgrade\r\nUpgrade: {protocol}\r\n");
+                        say(out, &["Connection: upgrade\r\nUpgrade: ", protocol, "\r\n"]);
                     }
                     (426, Some(protocol)) => {
-                        let _ = write!(out, "Connection: close, upgrade\r\nUpgrade: {protocol}\r\n");
+                        say(out, &["Connection: close, upgrade\r\nUpgrade: ", protocol, "\r\n"]);
                     }
                     _ if !keep_client => out.extend_from_slice(b"Connection: close\r\n"),
                     _ => {}
@@ -134,6 +133,22 @@ impl Response {
         }
         out.extend_from_slice(b"\r\n");
     }
+}
+
+/// The time, for a response whose upstream says none (RFC 9110 section 6.6.1). Written once a second and kept: writing it
+/// takes what the rest of a head does.
+fn put_date(out: &mut Vec<u8>) {
+    thread_local! {
+        static LAST: RefCell<(u64, String)> = const { RefCell::new((0, String::new())) };
+    }
+    let now = SystemTime::now();
+    let second = now.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
+    LAST.with_borrow_mut(|(of, text)| {
+        if *of != second || text.is_empty() {
+            (*of, *text) = (second, httpdate::fmt_http_date(now));
+        }
+        put(out, "Date", text.as_bytes());
+    });
 }
 
 #[derive(Default)]
