@@ -68,7 +68,7 @@ pub struct Entry {
 impl Entry {
     /// `None`: what came was no request.
     pub fn new(request: Option<&Request>) -> Self {
-        let shown = |text: &str| text.chars().take(SHOWN_BYTES).collect();
+        let shown = |text: &str| text[..text.floor_char_boundary(SHOWN_BYTES)].to_owned();
         Self {
             id: next_id(),
             began: Instant::now(),
@@ -91,7 +91,7 @@ impl Entry {
         let ms = u64::try_from(self.began.elapsed().as_millis()).unwrap_or(u64::MAX);
         let (status, refused) = (self.status.unwrap_or(0), self.refused.map_or("", |r| r.why));
         tracing::info!(
-            %peer, %id, method, host, path, status, up_bytes, down_bytes, ms, reused, how = how.to_string(), refused, reason,
+            %peer, %id, method, host, path, status, up_bytes, down_bytes, ms, reused, %how, refused, reason,
             "request"
         );
     }

@@ -3,6 +3,8 @@
 //! If the reader cannot keep up, lines are dropped and counted (`tlsplice_log_lines_dropped_total`), never queued
 //! without end.
 
+mod json;
+
 use crate::config::{Log, LogFormat};
 use std::io::{self, IsTerminal};
 use tracing::Level;
@@ -34,7 +36,7 @@ impl Logging {
         let (level, handle) = reload::Layer::new(LevelFilter::from_level(log.level));
         let lines = tracing_subscriber::fmt::layer().with_writer(writer).with_target(false);
         let lines = match log.format {
-            LogFormat::Json => lines.json().flatten_event(true).with_span_list(false).boxed(),
+            LogFormat::Json => lines.event_format(json::JsonLine).boxed(),
             LogFormat::Text => lines.with_ansi(io::stderr().is_terminal()).boxed(),
         };
         // Fails only where a test has set a subscriber already.
