@@ -24,6 +24,8 @@ pub enum Peer {
     TlspliceUserspace,
     /// The kernel from the first byte.
     TlspliceKernel,
+    /// The same, spliced both ways by the worker's own thread, whatever costs less on this kernel.
+    TlspliceInline,
     /// The same, with splices on io_uring's own threads.
     TlspliceRing,
     NginxStream,
@@ -46,6 +48,7 @@ impl Peer {
             Self::TlspliceHttp,
             Self::TlspliceUserspace,
             Self::TlspliceKernel,
+            Self::TlspliceInline,
             Self::TlspliceRing,
             Self::NginxStream,
             Self::NginxStreamKtls,
@@ -63,6 +66,7 @@ impl Peer {
         match self {
             Self::TlspliceUserspace
             | Self::TlspliceKernel
+            | Self::TlspliceInline
             | Self::TlspliceRing
             | Self::NginxStreamKtls
             | Self::NginxHttpKtls => true,
@@ -84,6 +88,7 @@ impl Peer {
             Self::TlspliceHttp => "tlsplice-http",
             Self::TlspliceUserspace => "tlsplice-userspace",
             Self::TlspliceKernel => "tlsplice-kernel",
+            Self::TlspliceInline => "tlsplice-inline",
             Self::TlspliceRing => "tlsplice-ring",
             Self::NginxStream => "nginx-stream",
             Self::NginxStreamKtls => "nginx-stream-ktls",
@@ -103,6 +108,7 @@ impl Peer {
             | Self::TlspliceHttp
             | Self::TlspliceUserspace
             | Self::TlspliceKernel
+            | Self::TlspliceInline
             | Self::TlspliceRing => Program::Tlsplice,
             Self::NginxStream | Self::NginxStreamKtls | Self::NginxHttp | Self::NginxHttpKtls => Program::Nginx,
             Self::HaproxyTcp | Self::HaproxyHttp => Program::Haproxy,
@@ -286,18 +292,24 @@ impl Setup {
     fn tlsplice(&self, peer: Peer, address: SocketAddr) -> String {
         let offload = match peer {
             Peer::TlspliceUserspace => "offload = \"off\"\n",
-            Peer::TlspliceKernel | Peer::TlspliceRing => "offload = \"require\"\noffload_after = 0\n",
+            Peer::TlspliceKernel | Peer::TlspliceInline | Peer::TlspliceRing => {
+                "offload = \"require\"\noffload_after = 0\n"
+            }
             _ if self.kernel_tls => "offload = \"require\"\n",
             _ => "offload = \"off\"\n",
+        };
+        let splice = match peer {
+            Peer::TlspliceInline => "inline",
+            Peer::TlspliceRing => "ring",
+            _ => "auto",
         };
         let (chain, key) = (&self.certificate.chain, &self.certificate.key);
         let mode = if peer == Peer::TlspliceHttp { "mode = \"http\"\n" } else { "" };
         format!(
-            "[server]\nworkers = {}\nsplice = {:?}\n{}[tls]\ncertificates = [{:?}, {:?}]\n[log]\nlevel = \"warn\"\n\
+            "[server]\nworkers = {}\nsplice = \"{splice}\"\n{}[tls]\ncertificates = [{:?}, {:?}]\n[log]\nlevel = \"warn\"\n\
              [[listener]]\naddress = \"{address}\"\n{mode}{offload}upstream = \"u\"\n\
              [[upstream]]\nname = \"u\"\nservers = [\"{}\"]\n",
             self.workers,
-            if peer == Peer::TlspliceRing { "ring" } else { "auto" },
             // A user of that name may exist here; the files of a run are ours alone.
             if is_root() { "user = \"root\"\n" } else { "" },
             chain.display().to_string(),

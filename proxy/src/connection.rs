@@ -145,7 +145,7 @@ fn pass(relay: Box<Userspace>) -> Passed {
     match through_the_door(tls) {
         Offloaded::Kernel(tls) => Passed::Kernel(Box::new(Kernel::new(*tls, upstream, to_upstream, up, down))),
         Offloaded::Declined(tls) => {
-            Passed::Declined(Box::new(Userspace { tls: *tls, upstream, to_upstream, up, down, door: Door::Shut }))
+            Passed::Declined(Box::new(Userspace::again(*tls, upstream, to_upstream, (up, down))))
         }
         Offloaded::Failed(client, ended) => {
             let (upstream, pending) = (Some(upstream), Spare::default());
@@ -249,8 +249,8 @@ impl About {
         let peer = self.identity.peer;
         self.worker.counters.ended(how);
         match how {
-            End::Internal => tracing::error!(%peer, stage, how = how.to_string(), reason, "connection ended"),
-            _ => tracing::info!(%peer, stage, how = how.to_string(), reason, "connection ended"),
+            End::Internal => tracing::error!(%peer, stage, %how, reason, "connection ended"),
+            _ => tracing::info!(%peer, stage, %how, reason, "connection ended"),
         }
     }
 
@@ -265,13 +265,12 @@ impl About {
             Mode::Tcp(_) => false,
             Mode::Http(_) | Mode::Redirect => matches!(how, End::Clean | End::Idle | End::Refused),
         };
-        let how_text = how.to_string();
         match how {
             End::Internal => {
-                tracing::error!(%peer, %listener, stage = "relay", how = how_text, up_bytes, down_bytes, ms, "connection")
+                tracing::error!(%peer, %listener, stage = "relay", %how, up_bytes, down_bytes, ms, "connection")
             }
-            _ if is_quiet => tracing::debug!(%peer, %listener, how = how_text, up_bytes, down_bytes, ms, "connection"),
-            _ => tracing::info!(%peer, %listener, how = how_text, up_bytes, down_bytes, ms, "connection"),
+            _ if is_quiet => tracing::debug!(%peer, %listener, %how, up_bytes, down_bytes, ms, "connection"),
+            _ => tracing::info!(%peer, %listener, %how, up_bytes, down_bytes, ms, "connection"),
         }
     }
 }

@@ -24,7 +24,7 @@ use crate::observe::live::Identity;
 use crate::observe::sockets::{Facts, Place};
 use crate::pipes::Share;
 use crate::protect::{OVERHEAD_BYTES, PLAIN_BYTES, WIRE_BYTES};
-use crate::ring::{NextTurn, Sock};
+use crate::ring::{Look, NextTurn, Sock};
 use crate::send_room::WIDE_AFTER_BYTES;
 use crate::sys::socket::VECTORS;
 use crate::watch::{Verdict, Watch};
@@ -48,6 +48,9 @@ const SEAL_RECORDS: usize = 4 * COPY_RECORDS;
 /// Bytes read of a client at once where userspace opens its records or its requests, and the most once all was taken.
 pub const RECEIVE_BYTES: usize = 2 * COPY_BYTES;
 const RECEIVE_MOST_BYTES: usize = 4 * RECEIVE_BYTES;
+/// After as many reads of an upstream in a row that gave less than a record, answers are taken to be short: one record is
+/// asked for, by a plain recv, which costs less than recvmsg or a pipe.
+const SHORT_READS: u8 = 2;
 /// How long the other direction may be silent once one has ended without hope of more: a client that is gone without
 /// a close_notify, an upstream that has said all. A clean half-close of the client has `idle_timeout`, as it waits
 /// for an answer.
@@ -75,11 +78,21 @@ pub struct Client {
 pub struct Worker {
     pub counters: std::sync::Arc<Counters>,
     pub kernel: std::sync::Arc<crate::probe::Kernel>,
-    pub splicer: flow::Splicer,
+    pub ways: Ways,
     pub sockets: crate::observe::sockets::Sockets,
     pub scratch: std::cell::RefCell<Scratch>,
     pub send_memory: Rc<crate::send_room::SendMemory>,
     pub pool: crate::upstream::pool::Pool,
+}
+
+/// How plaintext goes behind the door.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Ways {
+    pub splicer: flow::Splicer,
+    /// Uploads are received and sent on: on this kernel that costs less than splicing them.
+    pub copies_up: bool,
+    /// So are short answers: a splice takes two calls and a pipe for what a plain recv and send do.
+    pub copies_short: bool,
 }
 
 /// Buffers of the worker, borrowed within one turn and never across one.
@@ -248,6 +261,7 @@ impl Client {
         cx: &mut Context<'_>,
         upstream: Option<&mut Sock>,
         want: Want,
+        look: Look,
     ) -> Poll<Result<(), Verdict>> {
         if want.client_read {
             self.sock.arm_read();
@@ -258,7 +272,7 @@ impl Client {
         if want.client_reset && self.watch.has_ticked() {
             self.sock.arm_reset();
         }
-        let mut ready = self.sock.take_up(cx);
+        let mut ready = self.sock.look_up(cx, look);
         if let Some(upstream) = upstream {
             if want.upstream_read {
                 upstream.arm_read();
@@ -266,7 +280,7 @@ impl Client {
             if want.upstream_write {
                 upstream.arm_write();
             }
-            ready |= upstream.take_up(cx);
+            ready |= upstream.look_up(cx, look);
         }
         if self.moved_down - self.widened_at >= WIDE_AFTER_BYTES {
             self.widened_at = self.moved_down;

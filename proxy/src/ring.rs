@@ -19,6 +19,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::pin::Pin;
 use std::rc::{Rc, Weak};
 use std::task::{Context, Poll};
+use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio_uring::{InFlightOneshot, OneshotOutputTransform, UnsubmittedOneshot};
 
@@ -55,6 +56,8 @@ pub struct Sock {
     /// What `arm_reset` waits for has come.
     is_reset: bool,
     watches_reset: bool,
+    /// Something was armed since it was last taken up.
+    newly_armed: bool,
     /// A read may give something. Cleared by whoever saw EAGAIN or a short read.
     pub readable: bool,
     /// A write may take something. Cleared by whoever saw EAGAIN.
@@ -77,7 +80,19 @@ pub struct Sock {
 /// none is lost. Kernel TLS reads records, not queues, and says nothing new of a record that was there before: `by_level`.
 enum Reading {
     Ring(Op<Rc<OwnedFd>>),
-    Epoll,
+    Epoll {
+        /// The connection's task is the one to be woken, and has not been since.
+        registered: bool,
+    },
+}
+
+/// Where a poll of a connection looks for what has come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Look {
+    /// At all that is armed: the first time in this poll.
+    All,
+    /// At what was armed since. The thread takes up events between two polls, so within one nothing else can have come.
+    New,
 }
 
 /// Waits through the ring before a socket is registered with epoll.
@@ -105,6 +120,7 @@ impl Sock {
             epoll: None,
             is_reset: false,
             watches_reset: false,
+            newly_armed: false,
             readable: true,
             writable: true,
             follow: Follow::Unknown,
@@ -181,13 +197,14 @@ impl Sock {
     pub fn arm_read(&mut self) {
         if self.reading.is_none() {
             self.reading = Some(self.wait_to_read());
+            self.newly_armed = true;
         }
     }
 
     /// Whoever reads from now on may leave something unread and clear `readable` all the same.
     pub fn read_by_level(&mut self) {
         self.by_level = true;
-        if let Some(Reading::Epoll) = self.reading {
+        if let Some(Reading::Epoll { .. }) = self.reading {
             self.reading = None;
         }
         if !matches!(self.writing, Some(Writing::Epoll)) && !self.watches_reset {
@@ -199,6 +216,7 @@ impl Sock {
     pub fn arm_write(&mut self) {
         if self.writing.is_none() {
             self.writing = Some(self.wait_to_write());
+            self.newly_armed = true;
         }
     }
 
@@ -206,6 +224,7 @@ impl Sock {
     /// shut down both ways looks the same.
     pub fn arm_reset(&mut self) {
         self.watches_reset = !self.is_reset && self.has_epoll();
+        self.newly_armed = true;
     }
 
     pub fn is_reset(&self) -> bool {
@@ -214,7 +233,7 @@ impl Sock {
 
     fn wait_to_read(&mut self) -> Reading {
         if self.ring_waits == RING_WAITS && !self.by_level && self.has_epoll() {
-            return Reading::Epoll;
+            return Reading::Epoll { registered: false };
         }
         self.ring_waits = RING_WAITS.min(self.ring_waits + 1);
         Reading::Ring(self.poll_add(libc::POLLIN | libc::POLLRDHUP))
@@ -244,6 +263,20 @@ impl Sock {
         poll_now(self.fd(), events).is_ok_and(|now| now != 0)
     }
 
+    /// Another task goes on with it, and is the one to be woken.
+    pub fn changes_task(&mut self) {
+        if let Some(Reading::Epoll { registered }) = &mut self.reading {
+            *registered = false;
+        }
+    }
+
+    /// Whether epoll watches this socket and has told of nothing since all was read from it: without a system call, and so
+    /// blind for what has come since the thread last took up events.
+    pub fn seems_silent(&self) -> bool {
+        let has_edge = |epoll: &AsyncFd<_>| epoll.try_io(Interest::READABLE, |_| Ok(())).is_ok();
+        !self.readable && self.epoll.as_ref().is_some_and(|epoll| !has_edge(epoll))
+    }
+
     pub fn read_armed(&self) -> bool {
         self.reading.is_some()
     }
@@ -255,6 +288,7 @@ impl Sock {
 
     /// Takes up what has completed: true if `readable` or `writable` became true.
     pub fn take_up(&mut self, cx: &mut Context<'_>) -> bool {
+        self.newly_armed = false;
         let read = self.take_up_read(cx);
         let written = self.take_up_write(cx);
         self.readable |= read;
@@ -266,27 +300,23 @@ impl Sock {
         read | written
     }
 
+    /// The same, where it is worth looking.
+    pub fn look_up(&mut self, cx: &mut Context<'_>, look: Look) -> bool {
+        (look == Look::All || self.newly_armed) && self.take_up(cx)
+    }
+
     fn take_up_read(&mut self, cx: &mut Context<'_>) -> bool {
         // An error of the wait itself is found again, with its name, by the read that follows.
-        let done = match &mut self.reading {
-            None => return false,
-            Some(Reading::Ring(op)) => Pin::new(op).poll(cx).is_ready(),
-            Some(Reading::Epoll) => self.poll_read_edge(cx),
+        let done = match (&mut self.reading, &self.epoll) {
+            (None, _) => return false,
+            (Some(Reading::Ring(op)), _) => Pin::new(op).poll(cx).is_ready(),
+            (Some(Reading::Epoll { registered }), Some(epoll)) => take_read_edge(epoll, registered, cx),
+            (Some(Reading::Epoll { .. }), None) => true,
         };
         if done {
             self.reading = None;
         }
         done
-    }
-
-    /// Whether something has come since this was last true; if not, epoll wakes when it does.
-    fn poll_read_edge(&self, cx: &mut Context<'_>) -> bool {
-        let Some(epoll) = &self.epoll else { return true };
-        let Poll::Ready(edge) = epoll.poll_read_ready(cx) else { return false };
-        if let Ok(mut edge) = edge {
-            edge.clear_ready();
-        }
-        true
     }
 
     fn take_up_write(&mut self, cx: &mut Context<'_>) -> bool {
@@ -319,7 +349,7 @@ impl Sock {
         if let Some(Writing::Epoll) = self.writing {
             self.writing = None;
         }
-        if let Some(Reading::Epoll) = self.reading {
+        if let Some(Reading::Epoll { .. }) = self.reading {
             self.reading = None;
         }
         self.epoll = None;
@@ -337,6 +367,25 @@ impl Sock {
             let _ = op.await;
         }
     }
+}
+
+/// Whether something has come since this was last true; if not, epoll wakes when it does. A registered task is not
+/// registered again: that costs more than to see that nothing has come.
+fn take_read_edge(epoll: &AsyncFd<Rc<OwnedFd>>, registered: &mut bool, cx: &mut Context<'_>) -> bool {
+    let mut has_come = false;
+    // The error is how an edge is taken off.
+    let _ = epoll.try_io(Interest::READABLE, |_| {
+        has_come = true;
+        Err::<(), _>(io::ErrorKind::WouldBlock.into())
+    });
+    if has_come || std::mem::replace(registered, true) {
+        return has_come;
+    }
+    let Poll::Ready(edge) = epoll.poll_read_ready(cx) else { return false };
+    if let Ok(mut edge) = edge {
+        edge.clear_ready();
+    }
+    true
 }
 
 /// A splice that runs on the ring's worker threads. It never waits: with data or room lacking it says EAGAIN.

@@ -37,6 +37,7 @@ pub struct Room {
     /// What the queue may hold unsent; none: it has not been limited yet, as it never held much.
     own_bytes: Option<usize>,
     upstream: Weak<OwnedFd>,
+    upstream_is_limited: bool,
     wide: Option<Rc<Wide>>,
 }
 
@@ -72,30 +73,29 @@ impl SendMemory {
 impl Room {
     /// Nothing is limited before `limit`: most clients never get more than a few records.
     pub fn new(memory: Rc<SendMemory>, upstream: &Rc<OwnedFd>) -> Self {
-        Self { memory, own_bytes: None, upstream: Rc::downgrade(upstream), wide: None }
+        Self { memory, own_bytes: None, upstream: Rc::downgrade(upstream), upstream_is_limited: false, wide: None }
     }
 
     /// The client gets its own, and the upstream's receive buffer stays as it is until the client takes more.
     pub fn limit(&mut self, client: &Rc<OwnedFd>) -> usize {
-        if let Some(own_bytes) = self.own_bytes {
-            return own_bytes;
+        if !self.upstream_is_limited && !self.is_wide() {
+            self.upstream_is_limited = true;
+            if let Some(upstream) = self.upstream.upgrade() {
+                let _ = socket::lock_receive_buffer(upstream.as_fd());
+            }
         }
-        let packet = socket::tcp_info(client.as_fd()).map_or(0, |info| info.path_mtu_bytes as usize);
-        let own_bytes = OWN_BYTES.max(packet * OWN_PACKETS);
-        let _ = socket::set_unsent_limit(client.as_fd(), own_bytes);
-        if let Some(upstream) = self.upstream.upgrade() {
-            let _ = socket::lock_receive_buffer(upstream.as_fd());
-        }
-        self.own_bytes = Some(own_bytes);
-        own_bytes
+        *self.own_bytes.get_or_insert_with(|| {
+            let packet = socket::tcp_info(client.as_fd()).map_or(0, |info| info.path_mtu_bytes as usize);
+            let own_bytes = OWN_BYTES.max(packet * OWN_PACKETS);
+            let _ = socket::set_unsent_limit(client.as_fd(), own_bytes);
+            own_bytes
+        })
     }
 
-    /// Goes on with another upstream.
+    /// Goes on with another upstream, which `limit` limits when it says much.
     pub fn follow(&mut self, upstream: &Rc<OwnedFd>) {
-        if self.own_bytes.is_some() && !self.is_wide() {
-            let _ = socket::lock_receive_buffer(upstream.as_fd());
-        }
         self.upstream = Rc::downgrade(upstream);
+        self.upstream_is_limited = false;
     }
 
     /// The queues may be long.

@@ -11,8 +11,9 @@ use crate::observe::maps::Maps;
 use crate::observe::sockets::Sockets;
 use crate::pipes::{Pipes, Share};
 use crate::probe::Kernel;
+use crate::probe::cost::Costs;
 use crate::relay::flow::Splicer;
-use crate::relay::{self, Scratch};
+use crate::relay::{self, Scratch, Ways};
 use crate::send_room::SendMemory;
 use crate::tls::policy::Negotiation;
 use crate::upstream::pool::Pool;
@@ -146,7 +147,7 @@ impl Core {
             relay: Rc::new(relay::Worker {
                 sockets: Sockets::new(maps, counters.user_endpoints.clone()),
                 counters,
-                splicer: splicer(snapshot.config.server.splice, &kernel),
+                ways: ways(snapshot.config.server.splice, kernel.costs),
                 kernel,
                 scratch: RefCell::new(Scratch::new()),
                 send_memory: SendMemory::new(send_cap(&snapshot.config)),
@@ -170,12 +171,14 @@ fn send_cap(config: &Config) -> usize {
     config.limits.send_memory_bytes / config.server.workers.get()
 }
 
-/// Who makes the splices: whom the configuration names, or who costs less on this kernel.
-fn splicer(mode: SpliceMode, kernel: &Kernel) -> Splicer {
+/// As the configuration says, or as it costs less on this kernel.
+fn ways(mode: SpliceMode, costs: Costs) -> Ways {
+    let splices = |splicer| Ways { splicer, copies_up: false, copies_short: false };
     match mode {
-        SpliceMode::Auto if kernel.costs.splices_on_ring => Splicer::Ring,
-        SpliceMode::Ring => Splicer::Ring,
-        SpliceMode::Auto | SpliceMode::Inline => Splicer::Inline,
+        SpliceMode::Auto if costs.splices_on_ring => splices(Splicer::Ring),
+        SpliceMode::Auto => Ways { splicer: Splicer::Inline, copies_up: costs.copies_up, copies_short: true },
+        SpliceMode::Inline => splices(Splicer::Inline),
+        SpliceMode::Ring => splices(Splicer::Ring),
     }
 }
 

@@ -43,6 +43,8 @@ fn is_series(name: &str) -> bool {
 pub enum Relay {
     /// `offload = "off"`.
     Userspace,
+    /// `offload = "require"`, `splice = "auto"`: each direction goes by what costs less on this kernel.
+    Auto,
     /// `offload = "require"`, `splice = "inline"`.
     Inline,
     /// `offload = "require"`, `splice = "ring"`.
@@ -53,8 +55,18 @@ impl Relay {
     pub fn name(self) -> &'static str {
         match self {
             Self::Userspace => "userspace",
+            Self::Auto => "auto",
             Self::Inline => "inline",
             Self::Ring => "ring",
+        }
+    }
+
+    /// Behind the door, what is much in this `direction` ("in", "out") goes through a pipe on every kernel.
+    pub fn splices(self, direction: &str) -> bool {
+        match self {
+            Self::Userspace => false,
+            Self::Auto => direction == "out",
+            Self::Inline | Self::Ring => true,
         }
     }
 
@@ -91,7 +103,7 @@ impl Environment {
 
     /// The relays that this run is about.
     pub fn relays(&self) -> &'static [Relay] {
-        if self.offload { &[Relay::Inline, Relay::Ring] } else { &[Relay::Userspace] }
+        if self.offload { &[Relay::Auto, Relay::Inline, Relay::Ring] } else { &[Relay::Userspace] }
     }
 
     /// A KeyUpdate past the door goes on: always in userspace, in the kernel since 6.14.

@@ -107,7 +107,11 @@ impl Settings {
     }
 
     pub fn text(&self) -> String {
-        let splice = if self.relay == Relay::Ring { "ring" } else { "inline" };
+        let splice = match self.relay {
+            Relay::Userspace | Relay::Auto => "auto",
+            Relay::Inline => "inline",
+            Relay::Ring => "ring",
+        };
         let files: Vec<String> = self.certificates.iter().map(|f| format!("{:?}", f.display().to_string())).collect();
         let mut text = format!("[server]\nadmin = \"{}\"\nsplice = \"{splice}\"\n", self.admin);
         let mut lines = |lines: &[String]| {

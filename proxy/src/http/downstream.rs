@@ -10,7 +10,7 @@ use crate::relay::flow::Flow;
 use crate::relay::kernel_tls::KernelTls;
 use crate::relay::user_tls::{Received, Sealed, Then, UserTls};
 use crate::relay::{COPY_RECORDS, Client, ClientEnd, Ended, RECEIVE_BYTES, Scratch, Spare, UpstreamEnd, Want};
-use crate::ring::Sock;
+use crate::ring::{Look, Sock};
 use crate::sys::socket;
 use crate::watch::Verdict;
 use std::task::{Context, Poll};
@@ -99,14 +99,13 @@ impl Downstream {
         if !self.is_readable() {
             return Ok(None);
         }
-        let at_once = max.min(RECEIVE_BYTES);
         let received = match self {
             Self::User(tls) => return tls.receive(scratch, max, exact),
             Self::Kernel(behind) => {
                 behind.tls.is_sending = behind.down.is_in_flight();
-                behind.tls.read(&mut scratch.received[..at_once], None)?
+                behind.tls.receive(scratch, max)?
             }
-            Self::Plain(plain) => plain.receive(&mut scratch.received[..at_once])?,
+            Self::Plain(plain) => plain.receive(&mut scratch.received[..max.min(RECEIVE_BYTES)])?,
         };
         if received.bytes > 0 {
             scratch.pieces.push(0..received.bytes);
@@ -119,7 +118,8 @@ impl Downstream {
     pub fn handed_on(&mut self, all_taken: bool) {
         match self {
             Self::User(tls) => tls.handed_on(all_taken),
-            Self::Kernel(_) | Self::Plain(_) => {}
+            Self::Kernel(behind) => behind.tls.handed_on(all_taken),
+            Self::Plain(_) => {}
         }
     }
 
@@ -129,11 +129,12 @@ impl Downstream {
         cx: &mut Context<'_>,
         upstream: Option<&mut Sock>,
         want: Want,
+        look: Look,
     ) -> Poll<Result<(), Verdict>> {
         match self {
-            Self::User(tls) => tls.client.poll_ready(cx, upstream, want),
-            Self::Kernel(behind) => behind.tls.poll_ready(cx, upstream, want),
-            Self::Plain(plain) => plain.client.poll_ready(cx, upstream, want),
+            Self::User(tls) => tls.client.poll_ready(cx, upstream, want, look),
+            Self::Kernel(behind) => behind.tls.poll_ready(cx, upstream, want, look),
+            Self::Plain(plain) => plain.client.poll_ready(cx, upstream, want, look),
         }
     }
 

@@ -21,7 +21,7 @@ use crate::observe::counters::End;
 use crate::relay::flow::{Flow, Splicer};
 use crate::relay::userspace::Door;
 use crate::relay::{Client, Ended, Spare, Turn, Want};
-use crate::ring::Sock;
+use crate::ring::{Look, Sock};
 use crate::watch::Verdict;
 use std::future::Future;
 use std::pin::Pin;
@@ -49,6 +49,8 @@ pub struct Exchange {
     pub(super) keep_upstream: bool,
     pub up_bytes: u64,
     pub down_bytes: u64,
+    /// As in `relay::kernel`.
+    waits: bool,
 }
 
 /// What is left of a body.
@@ -128,6 +130,7 @@ impl Exchange {
             keep_upstream: false,
             up_bytes: 0,
             down_bytes: 0,
+            waits: false,
         }
     }
 
@@ -156,6 +159,27 @@ impl Exchange {
     }
 
     fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Outcome> {
+        let mut look = Look::All;
+        let is_in_flight = self.up.is_in_flight() || self.near.downstream.is_in_flight();
+        let mut waits = std::mem::take(&mut self.waits) && !is_in_flight;
+        loop {
+            if !waits && let Some(outcome) = ready!(self.poll_turns(cx)) {
+                return Poll::Ready(outcome);
+            }
+            let want = self.want();
+            match self.near.downstream.poll_ready(cx, Some(&mut self.upstream), want, look) {
+                Poll::Ready(Ok(())) => (waits, look) = (false, Look::New),
+                Poll::Ready(Err(verdict)) => return Poll::Ready(self.timed_out(verdict)),
+                Poll::Pending => {
+                    self.waits = true;
+                    return Poll::Pending;
+                }
+            }
+        }
+    }
+
+    /// Both directions have their turns, until both wait or the exchange is over.
+    fn poll_turns(&mut self, cx: &mut Context<'_>) -> Poll<Option<Outcome>> {
         let worker = self.near.downstream.client().worker.clone();
         loop {
             let turns = {
@@ -164,22 +188,18 @@ impl Exchange {
             };
             let (up, down) = match turns {
                 Ok(turns) => turns,
-                Err(outcome) => return Poll::Ready(outcome),
+                Err(outcome) => return Poll::Ready(Some(outcome)),
             };
             if let Some(outcome) = self.outcome() {
-                return Poll::Ready(outcome);
+                return Poll::Ready(Some(outcome));
             }
             if self.near.is_at_door() {
-                return Poll::Ready(Outcome::AtDoor);
+                return Poll::Ready(Some(Outcome::AtDoor));
             }
-            if up == Turn::Again || down == Turn::Again {
-                ready!(self.near.downstream.client_mut().poll_next_turn(cx));
-                continue;
+            if up != Turn::Again && down != Turn::Again {
+                return Poll::Ready(None);
             }
-            let want = self.want();
-            if let Err(verdict) = ready!(self.near.downstream.poll_ready(cx, Some(&mut self.upstream), want)) {
-                return Poll::Ready(self.timed_out(verdict));
-            }
+            ready!(self.near.downstream.client_mut().poll_next_turn(cx));
         }
     }
 

@@ -11,6 +11,7 @@ use crate::observe::counters::End;
 use crate::relay::user_tls::{Received, Then};
 use crate::relay::userspace::Door;
 use crate::relay::{Ended, Scratch, Want};
+use crate::ring::Look;
 use crate::watch::Verdict;
 use std::future::poll_fn;
 use std::ops::Range;
@@ -201,7 +202,7 @@ impl Near {
             client_write: !sent && !sock.writable && !self.downstream.is_in_flight(),
             ..Want::default()
         };
-        ready!(self.downstream.poll_ready(cx, None, want)).map_err(Waited::Verdict)?;
+        ready!(self.downstream.poll_ready(cx, None, want, Look::All)).map_err(Waited::Verdict)?;
         Poll::Ready(Ok(()))
     }
 }

@@ -18,7 +18,7 @@ use crate::observe::counters::End;
 use crate::relay::kernel::Kernel;
 use crate::relay::userspace::Userspace;
 use crate::relay::{Down, Ended, Spare, Up, Want};
-use crate::ring::Sock;
+use crate::ring::{Look, Sock};
 use crate::sys::socket;
 use crate::upstream::connect::Failure;
 use crate::upstream::pool::Connected;
@@ -265,7 +265,7 @@ pub async fn finish(mut near: Box<Near>, how: End) -> Closed {
             }
             let sock = &near.downstream.client().sock;
             let want = Want { client_write: !sock.writable && !near.downstream.is_in_flight(), ..Want::default() };
-            if ready!(near.downstream.poll_ready(cx, None, want)).is_err() {
+            if ready!(near.downstream.poll_ready(cx, None, want, Look::All)).is_err() {
                 return Poll::Ready(Ended::abort(how));
             }
         }

@@ -68,6 +68,7 @@ impl Exchange {
 
     fn fill_up(&mut self, cx: &mut Context<'_>, scratch: &mut Scratch) -> Result<Poll<usize>, Outcome> {
         if let (Downstream::Kernel(behind), Left::Length(left)) = (&mut self.near.downstream, &mut self.upload)
+            && !behind.tls.copies_up()
             // No record is cut by the end of the body, which not every kernel's splice survives.
             && (*left >= PLAIN_BYTES as u64 || self.up.in_pipe() > 0 || self.up.is_in_flight())
         {

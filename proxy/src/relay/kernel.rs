@@ -6,12 +6,12 @@
 
 use super::flow::{Drained, Flow, Splicer};
 use super::kernel_tls::KernelTls;
-use super::user_tls::{Sealed, Then};
-use super::{ClientEnd, Down, Ended, Spare, Turn, Up, Want, over, timed_out};
+use super::user_tls::{Received, Sealed, Then};
+use super::{ClientEnd, Down, Ended, Scratch, Spare, Turn, Up, Want, over, timed_out};
 use super::{HALF_OPEN_TIMEOUT, NO_REKEY_QUIET, TURN_BYTES};
 use crate::observe::counters::End;
 use crate::protect::PLAIN_BYTES;
-use crate::ring::Sock;
+use crate::ring::{Look, Sock};
 use crate::watch::Verdict;
 use std::future::Future;
 use std::pin::Pin;
@@ -26,6 +26,8 @@ pub struct Kernel {
     down_flow: Flow,
     up: Up,
     down: Down,
+    /// As in `Userspace`; but what is in flight on the ring wakes a direction, and not a socket.
+    waits: bool,
 }
 
 impl Kernel {
@@ -43,6 +45,7 @@ impl Kernel {
             down_flow: Flow::new(splicer, Spare::default()),
             up,
             down,
+            waits: false,
         }
     }
 
@@ -52,26 +55,45 @@ impl Kernel {
     }
 
     fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Ended> {
+        let mut look = Look::All;
+        let is_in_flight = self.up_flow.is_in_flight() || self.down_flow.is_in_flight();
+        let mut waits = std::mem::take(&mut self.waits) && !is_in_flight;
+        loop {
+            if !waits && let Some(ended) = ready!(self.poll_turns(cx)) {
+                return Poll::Ready(ended);
+            }
+            let want = self.want();
+            match self.tls.poll_ready(cx, Some(&mut self.upstream), want, look) {
+                Poll::Ready(Ok(())) => {}
+                Poll::Ready(Err(verdict)) => {
+                    if let Some(ended) = self.timed_out(verdict) {
+                        return Poll::Ready(ended);
+                    }
+                }
+                Poll::Pending => {
+                    self.waits = true;
+                    return Poll::Pending;
+                }
+            }
+            (waits, look) = (false, Look::New);
+        }
+    }
+
+    /// Both directions have their turns, until both wait or the relay is over.
+    fn poll_turns(&mut self, cx: &mut Context<'_>) -> Poll<Option<Ended>> {
         loop {
             let turns = self.turn_up(cx).and_then(|up| Ok((up, self.turn_down(cx)?)));
             let (up, down) = match turns {
                 Ok(turns) => turns,
-                Err(ended) => return Poll::Ready(ended),
+                Err(ended) => return Poll::Ready(Some(ended)),
             };
             if let Some(ended) = self.over() {
-                return Poll::Ready(ended);
+                return Poll::Ready(Some(ended));
             }
-            if up == Turn::Again || down == Turn::Again {
-                ready!(self.tls.client.poll_next_turn(cx));
-                continue;
+            if up != Turn::Again && down != Turn::Again {
+                return Poll::Ready(None);
             }
-            let want = self.want();
-            let ready = self.tls.poll_ready(cx, Some(&mut self.upstream), want);
-            if let Err(verdict) = ready!(ready)
-                && let Some(ended) = self.timed_out(verdict)
-            {
-                return Poll::Ready(ended);
-            }
+            ready!(self.tls.client.poll_next_turn(cx));
         }
     }
 
@@ -166,10 +188,14 @@ impl Kernel {
         self.tls.is_sending = self.down_flow.is_in_flight();
         let worker = self.tls.client.worker.clone();
         let mut scratch = worker.scratch.borrow_mut();
-        let Poll::Ready(received) = self.tls.fill(cx, &mut self.up_flow, &mut scratch, usize::MAX) else {
-            return Ok(Poll::Pending);
+        let received = if self.tls.copies_up() {
+            self.receive(&mut scratch)?
+        } else {
+            let Poll::Ready(received) = self.tls.fill(cx, &mut self.up_flow, &mut scratch, usize::MAX) else {
+                return Ok(Poll::Pending);
+            };
+            received?
         };
-        let received = received?;
         match received.then {
             Then::Open => {}
             Then::Closed => self.up = Up::Closing,
@@ -179,6 +205,19 @@ impl Kernel {
             Then::Refused(ended) => return Err(ended),
         }
         Ok(Poll::Ready(received.bytes))
+    }
+
+    fn receive(&mut self, scratch: &mut Scratch) -> Result<Received, Ended> {
+        let received = self.tls.receive(scratch, usize::MAX)?;
+        if received.bytes > 0 {
+            self.tls.client.worker.counters.up_copied.add(received.bytes as u64);
+            let all = 0..received.bytes;
+            if self.up_flow.hand_on(&self.upstream, &scratch.received, std::slice::from_ref(&all)).is_err() {
+                self.break_up(End::UpstreamReset, HALF_OPEN_TIMEOUT);
+            }
+            self.tls.handed_on(self.up_flow.is_empty());
+        }
+        Ok(received)
     }
 
     // ---- upstream to client

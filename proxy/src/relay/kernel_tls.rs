@@ -1,18 +1,23 @@
 //! A client's plaintext behind the door: the kernel opens and seals the records, this module does what else TLS asks for.
 //!
-//!   client (TLS_RX) ─▶ splice into a pipe, or recvmsg        a pipe, or send ─▶ (TLS_TX) client
+//!   client (TLS_RX) ─▶ recv, or splice into a pipe        a pipe, or send ─▶ (TLS_TX) client
+//!
+//! Which of the two is `Ways`. A large receive takes a MiB of records in one call, opened right where it wants them; a splice
+//! takes one record. A large answer goes best through a pipe, a short one does not.
 //!
 //! Splice takes data only. When it will not, a record of another kind is at the head, and is read by recvmsg at once,
 //! because a poll no longer tells of it. Nothing here asks for a kernel version: the probe's answers decide. This module
 //! knows no upstream.
 
 use super::flow::{Drained, Flow, Splicer};
+use super::reach::Reach;
 use super::record::{self, Fatal, Head, Storm, alert};
 use super::user_tls::{Received, Sealed, Then};
 use super::{COPY_BYTES, Client, ClientEnd, Ended, Scratch, TURN_BYTES, UpstreamEnd, Want, is_gone};
+use super::{RECEIVE_BYTES, RECEIVE_MOST_BYTES, SHORT_READS};
 use crate::observe::counters::End;
 use crate::protect::PLAIN_BYTES;
-use crate::ring::Sock;
+use crate::ring::{Look, Sock};
 use crate::sys::ktls::{self, Direction, content_type};
 use crate::sys::socket;
 use crate::watch::Verdict;
@@ -39,6 +44,12 @@ pub struct KernelTls {
     /// A KeyUpdate of ours is due, because the client asked for one or our key is used up.
     key_update_due: bool,
     storm: Storm,
+    /// Received of the client at once, where that is copied.
+    reach_up: Reach<RECEIVE_BYTES, RECEIVE_MOST_BYTES>,
+    /// The last time it was as much as was asked for.
+    received_in_full: bool,
+    /// As in `UserTls`.
+    short_reads: u8,
     /// SO_RCVLOWAT stands above 1, because a partial record would wake us for ever; read again when this is over.
     low_water: Option<Pin<Box<Sleep>>>,
     /// A splice to the client runs on the ring: no record of ours may come between.
@@ -47,13 +58,28 @@ pub struct KernelTls {
 
 impl KernelTls {
     pub fn new(mut client: Client, keys: KernelKeys) -> Self {
-        client.sock.read_by_level();
-        Self { client, keys, key_update_due: false, storm: Storm::default(), low_water: None, is_sending: false }
+        if client.worker.ways.copies_up {
+            // It only saves a copy.
+            let _ = ktls::expect_no_padding(client.sock.fd());
+        } else {
+            client.sock.read_by_level();
+        }
+        Self {
+            client,
+            keys,
+            key_update_due: false,
+            storm: Storm::default(),
+            reach_up: Reach::default(),
+            received_in_full: false,
+            short_reads: 0,
+            low_water: None,
+            is_sending: false,
+        }
     }
 
     /// Who makes this connection's splices.
     pub fn splicer(&self) -> Splicer {
-        self.client.worker.splicer
+        self.client.worker.ways.splicer
     }
 
     // ---- waiting for the client
@@ -64,11 +90,12 @@ impl KernelTls {
         cx: &mut Context<'_>,
         upstream: Option<&mut Sock>,
         want: Want,
+        look: Look,
     ) -> Poll<Result<(), Verdict>> {
         if want.client_read && !self.raise_low_water() {
             return Poll::Ready(Ok(()));
         }
-        let ready = self.client.poll_ready(cx, upstream, want);
+        let ready = self.client.poll_ready(cx, upstream, want, look);
         if self.lower_low_water(cx) && ready.is_pending() {
             self.client.sock.readable = true;
             return Poll::Ready(Ok(()));
@@ -123,15 +150,27 @@ impl KernelTls {
         max: usize,
     ) -> Poll<Sealed> {
         let max = max.min(TURN_BYTES);
-        let result = if flow.has_pipe(&self.client.share) {
-            ready!(flow.poll_fill(cx, upstream, max))
+        let is_short = self.client.worker.ways.copies_short && self.short_reads == SHORT_READS;
+        let result = if is_short {
+            self.copy_down(flow, upstream, scratch, max.min(PLAIN_BYTES))
+        } else if flow.has_pipe(&self.client.share) {
+            let result = ready!(flow.poll_fill(cx, upstream, max));
+            if flow.in_pipe() > 0 {
+                flow.turn_to_drain();
+            }
+            result
         } else {
             self.copy_down(flow, upstream, scratch, max)
         };
         Poll::Ready(match result {
             Ok(0) => Sealed::Eof,
             Ok(n) => {
-                flow.turn_to_drain();
+                if n < PLAIN_BYTES {
+                    self.short_reads = SHORT_READS.min(self.short_reads + 1);
+                } else {
+                    self.short_reads = 0;
+                    self.client.sock.limit_room();
+                }
                 self.client.moved_down += n as u64;
                 self.client.watch.touch();
                 upstream.readable &= n >= PLAIN_BYTES.min(max);
@@ -150,7 +189,11 @@ impl KernelTls {
         let most = if self.client.sock.is_wide() { COPY_BYTES } else { PLAIN_BYTES };
         let n = socket::recv(upstream.fd(), &mut scratch.received[..max.min(most)])?;
         upstream.received(n);
-        flow.copy(&scratch.received[..n]);
+        let all = 0..n;
+        if n > 0 && flow.hand_on(&self.client.sock, &scratch.received, std::slice::from_ref(&all)).is_err() {
+            // The error is found again, and told, when what is kept is sent.
+            flow.copy(&scratch.received[..n]);
+        }
         self.client.worker.counters.down_copied.add(n as u64);
         self.sealed(n);
         Ok(n)
@@ -171,6 +214,25 @@ impl KernelTls {
     }
 
     // ---- client's plaintext
+
+    /// What the client sends is received into memory and sent on, and not spliced.
+    pub fn copies_up(&self) -> bool {
+        self.client.worker.ways.copies_up
+    }
+
+    /// Receives at most `max` bytes to the front of `scratch.received`, or what stands at the head instead. With no
+    /// bytes and an open stream, `readable` tells whether anything was there.
+    pub fn receive(&mut self, scratch: &mut Scratch, max: usize) -> Result<Received, Ended> {
+        let at_once = max.min(self.reach_up.bytes(&self.client.worker.send_memory));
+        let received = self.read(&mut scratch.received[..at_once], None)?;
+        self.received_in_full = received.bytes == at_once;
+        Ok(received)
+    }
+
+    /// What was received was handed on: more is received at once now, or less.
+    pub fn handed_on(&mut self, all_taken: bool) {
+        self.reach_up.note(self.received_in_full, all_taken);
+    }
 
     /// Moves at most `max` bytes into the flow, by its pipe or, where there is none, by a copy.
     pub fn fill(
@@ -237,7 +299,7 @@ impl KernelTls {
 
     /// Reads what splice would not take, or what is to be looked at. With no bytes and an open stream, `readable` tells
     /// whether anything was there.
-    pub fn read(&mut self, buffer: &mut [u8], refused: Option<io::Error>) -> Result<Received, Ended> {
+    fn read(&mut self, buffer: &mut [u8], refused: Option<io::Error>) -> Result<Received, Ended> {
         let mut received = Received { bytes: 0, then: Then::Open };
         match record::read_head(self.client.sock.fd(), buffer, self.keys.is_tls12()) {
             Head::Data(0) | Head::Ignored => {}

@@ -83,6 +83,13 @@ pub struct Fatal {
 
 /// Reads one record, or some data, from a TLS socket.
 pub fn read_head(client: BorrowedFd<'_>, buffer: &mut [u8], tls12: bool) -> Head {
+    // Mostly it is data, which a plain recv takes, and for less than recvmsg. Any other record it leaves alone and says EIO.
+    match socket::recv(client, buffer) {
+        Ok(n) if n > 0 => return Head::Data(n),
+        Err(e) if socket::is_again(&e) => return Head::Nothing,
+        Err(e) if e.raw_os_error() != Some(libc::EIO) => return Head::Fatal(read_error(&e)),
+        Ok(_) | Err(_) => {}
+    }
     match ktls::receive(client, buffer) {
         Ok(Received::Eof) => Head::Eof,
         Ok(Received::Record { content_type: content_type::APPLICATION_DATA, len }) => Head::Data(len),

@@ -4,7 +4,7 @@
 //!               └─▶ Spare ─▶ flush, before anything else goes out
 
 use crate::ring::Sock;
-use crate::sys::socket::{self, VECTORS};
+use crate::sys::socket::{self, Follow, VECTORS};
 use std::cell::Cell;
 use std::io::{self, IoSlice};
 use std::ops::Range;
@@ -101,18 +101,16 @@ fn send(to: &mut Sock, bytes: &[u8]) -> io::Result<usize> {
 pub fn hand_on(to: &Sock, received: &[u8], pieces: &[Range<usize>], spare: &mut Spare) -> io::Result<()> {
     let mut full = !spare.is_empty();
     for now in pieces.chunks(VECTORS) {
-        let mut sent = 0;
-        if !full {
-            let mut vectors = [IoSlice::new(&[]); VECTORS];
-            for (vector, piece) in vectors.iter_mut().zip(now) {
-                *vector = IoSlice::new(&received[piece.clone()]);
-            }
-            sent = match socket::send_vectored(to.fd(), &vectors[..now.len()]) {
-                Ok(n) => n,
-                Err(e) if socket::is_again(&e) => 0,
-                Err(e) => return Err(e),
-            };
-        }
+        let sent = match now {
+            _ if full => Ok(0),
+            [one] => socket::send(to.fd(), &received[one.clone()], Follow::Unknown),
+            many => send_pieces(to, received, many),
+        };
+        let mut sent = match sent {
+            Ok(n) => n,
+            Err(e) if socket::is_again(&e) => 0,
+            Err(e) => return Err(e),
+        };
         to.sent(sent);
         for piece in now {
             let taken = sent.min(piece.len());
@@ -123,6 +121,14 @@ pub fn hand_on(to: &Sock, received: &[u8], pieces: &[Range<usize>], spare: &mut 
     }
     // A short send may only mean that the socket took a part: the flush that follows finds out.
     Ok(())
+}
+
+fn send_pieces(to: &Sock, received: &[u8], pieces: &[Range<usize>]) -> io::Result<usize> {
+    let mut vectors = [IoSlice::new(&[]); VECTORS];
+    for (vector, piece) in vectors.iter_mut().zip(pieces) {
+        *vector = IoSlice::new(&received[piece.clone()]);
+    }
+    socket::send_vectored(to.fd(), &vectors[..pieces.len()])
 }
 
 #[cfg(test)]

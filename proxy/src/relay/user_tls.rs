@@ -8,7 +8,7 @@
 
 use super::reach::Reach;
 use super::record::{self, Fatal, Head, Storm, alert};
-use super::{COPY_BYTES, RECEIVE_BYTES, RECEIVE_MOST_BYTES, SEAL_RECORDS};
+use super::{COPY_BYTES, RECEIVE_BYTES, RECEIVE_MOST_BYTES, SEAL_RECORDS, SHORT_READS};
 use super::{Client, ClientEnd, Ended, Scratch, Spare, UpstreamEnd};
 use crate::observe::counters::End;
 use crate::protect::{self, OVERHEAD_BYTES, OpenError, PLAIN_BYTES, WIRE_BYTES};
@@ -38,6 +38,8 @@ pub struct UserTls {
     pub to_client: Spare,
     /// The upstream has much to say: how much the client's queue takes is asked before it is read.
     flows: bool,
+    /// Reads of the upstream in a row that gave less than a record.
+    short_reads: u8,
     /// Read of the upstream at once, and of the client.
     reach_down: Reach<COPY_BYTES, { SEAL_RECORDS * PLAIN_BYTES }>,
     reach_up: Reach<RECEIVE_BYTES, RECEIVE_MOST_BYTES>,
@@ -95,6 +97,7 @@ impl UserTls {
             leftover,
             to_client: Spare::default(),
             flows: false,
+            short_reads: 0,
             reach_down: Reach::default(),
             reach_up: Reach::default(),
             waits_for_room: false,
@@ -269,7 +272,11 @@ impl UserTls {
     /// has to become shorter before.
     fn appetite(&mut self) -> Option<usize> {
         let sock = &mut self.client.sock;
-        let room = if self.flows { sock.room_bytes() } else { Some(FIRST_READ_BYTES) };
+        let room = match self.flows {
+            true => sock.room_bytes(),
+            false if self.short_reads == SHORT_READS => Some(PLAIN_BYTES),
+            false => Some(FIRST_READ_BYTES),
+        };
         let appetite = match room {
             Some(room) => {
                 let reach = self.reach_down.bytes(&self.client.worker.send_memory);
@@ -325,15 +332,19 @@ impl UserTls {
         let Some(appetite) = self.appetite() else { return Ok(Sealed::Nothing) };
         let of_this_key = self.keys.records_left().saturating_mul(PLAIN_BYTES as u64);
         let wanted = usize::try_from(max.min(of_this_key)).unwrap_or(usize::MAX).min(appetite);
-        let mut left = wanted;
-        let mut chunks = slots.chunks_exact_mut(slot_bytes);
-        let mut body = || {
-            let len = left.min(PLAIN_BYTES);
-            left -= len;
-            chunks.next().map_or(&mut [][..], |slot| &mut slot[head..head + len])
+        let plain = if wanted <= PLAIN_BYTES {
+            socket::recv(upstream.fd(), &mut slots[head..head + wanted])
+        } else {
+            let mut vectors: [IoSliceMut<'_>; SEAL_RECORDS] = std::array::from_fn(|_| IoSliceMut::new(&mut []));
+            let count = wanted.div_ceil(PLAIN_BYTES);
+            for (n, (vector, slot)) in
+                vectors.iter_mut().zip(slots.chunks_exact_mut(slot_bytes)).enumerate().take(count)
+            {
+                *vector = IoSliceMut::new(&mut slot[head..head + PLAIN_BYTES.min(wanted - n * PLAIN_BYTES)]);
+            }
+            socket::recv_vectored(upstream.fd(), &mut vectors[..count])
         };
-        let mut vectors: [IoSliceMut<'_>; SEAL_RECORDS] = std::array::from_fn(|_| IoSliceMut::new(body()));
-        let plain = match socket::recv_vectored(upstream.fd(), &mut vectors) {
+        let plain = match plain {
             Ok(0) => return Ok(Sealed::Eof),
             Ok(n) => n,
             Err(e) if socket::is_again(&e) => {
@@ -345,6 +356,7 @@ impl UserTls {
         upstream.received(plain);
         upstream.readable = plain == wanted;
         self.flows = plain >= FIRST_READ_BYTES || (self.flows && plain >= PLAIN_BYTES);
+        self.short_reads = if plain < PLAIN_BYTES { SHORT_READS.min(self.short_reads + 1) } else { 0 };
         self.send_slots(scratch, plain)?;
         self.reach_down.note(upstream.readable, self.to_client.is_empty());
         Ok(Sealed::Bytes(plain))

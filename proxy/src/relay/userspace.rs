@@ -11,7 +11,7 @@ use super::{COPY_RECORDS, HALF_OPEN_TIMEOUT};
 use super::{Down, Ended, Scratch, Spare, TURN_BYTES, Turn, Up, Want, hand_on, over, timed_out};
 use crate::observe::counters::End;
 use crate::protect::PLAIN_BYTES;
-use crate::ring::Sock;
+use crate::ring::{Look, Sock};
 use std::future::Future;
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
@@ -33,6 +33,9 @@ pub struct Userspace {
     pub up: Up,
     pub down: Down,
     pub door: Door,
+    /// The last poll ended in waiting for the sockets. The next one goes on there: until something has come, the directions
+    /// have nothing to do.
+    waits: bool,
 }
 
 /// Where the relay stops.
@@ -45,7 +48,13 @@ pub enum Stop {
 
 impl Userspace {
     pub fn new(tls: UserTls, upstream: Sock, door: Door) -> Self {
-        Self { tls, upstream, to_upstream: Spare::default(), up: Up::Open, down: Down::Open, door }
+        let (up, down) = (Up::Open, Down::Open);
+        Self { tls, upstream, to_upstream: Spare::default(), up, down, door, waits: false }
+    }
+
+    /// Goes on where the door stayed shut.
+    pub fn again(tls: UserTls, upstream: Sock, to_upstream: Spare, (up, down): (Up, Down)) -> Self {
+        Self { tls, upstream, to_upstream, up, down, door: Door::Shut, waits: false }
     }
 
     /// Relays until the door or the end.
@@ -64,6 +73,26 @@ impl Userspace {
     }
 
     fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Stop> {
+        let mut look = Look::All;
+        let mut waits = std::mem::take(&mut self.waits);
+        loop {
+            if !waits && let Some(stop) = ready!(self.poll_turns(cx)) {
+                return Poll::Ready(stop);
+            }
+            let want = self.want();
+            match self.tls.client.poll_ready(cx, Some(&mut self.upstream), want, look) {
+                Poll::Ready(Ok(())) => (waits, look) = (false, Look::New),
+                Poll::Ready(Err(verdict)) => return Poll::Ready(Stop::Over(timed_out(self.up, self.down, verdict))),
+                Poll::Pending => {
+                    self.waits = true;
+                    return Poll::Pending;
+                }
+            }
+        }
+    }
+
+    /// Both directions have their turns, until both wait or the relay stops.
+    fn poll_turns(&mut self, cx: &mut Context<'_>) -> Poll<Option<Stop>> {
         let worker = self.tls.client.worker.clone();
         loop {
             let mut scratch = worker.scratch.borrow_mut();
@@ -71,22 +100,18 @@ impl Userspace {
             drop(scratch);
             let (up, down) = match turns {
                 Ok(turns) => turns,
-                Err(ended) => return Poll::Ready(Stop::Over(ended)),
+                Err(ended) => return Poll::Ready(Some(Stop::Over(ended))),
             };
             if let Some(ended) = self.over() {
-                return Poll::Ready(Stop::Over(ended));
+                return Poll::Ready(Some(Stop::Over(ended)));
             }
             if self.at_door() {
-                return Poll::Ready(Stop::AtDoor);
+                return Poll::Ready(Some(Stop::AtDoor));
             }
-            if up == Turn::Again || down == Turn::Again {
-                ready!(self.tls.client.poll_next_turn(cx));
-                continue;
+            if up != Turn::Again && down != Turn::Again {
+                return Poll::Ready(None);
             }
-            let want = self.want();
-            if let Err(verdict) = ready!(self.tls.client.poll_ready(cx, Some(&mut self.upstream), want)) {
-                return Poll::Ready(Stop::Over(timed_out(self.up, self.down, verdict)));
-            }
+            ready!(self.tls.client.poll_next_turn(cx));
         }
     }
 

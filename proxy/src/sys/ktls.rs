@@ -15,6 +15,7 @@ const SOL_TLS: libc::c_int = 282;
 const TLS_1_3: u16 = 0x0304;
 const TLS_TX: libc::c_int = 1;
 const TLS_RX: libc::c_int = 2;
+const TLS_RX_EXPECT_NO_PAD: libc::c_int = 4;
 const TLS_SET_RECORD_TYPE: libc::c_int = 1;
 const TLS_GET_RECORD_TYPE: libc::c_int = 2;
 
@@ -99,6 +100,12 @@ impl Keys {
         };
         cvt(r).map(drop)
     }
+}
+
+/// Lets the kernel open records of TLS 1.3 right where recvmsg(2) wants them, without a copy (6.0 and later; TLS_RX must be
+/// set). A record with padding is opened twice then. Of TLS 1.2 the kernel knows that it has none: EINVAL.
+pub fn expect_no_padding(socket: BorrowedFd<'_>) -> io::Result<()> {
+    set_option(socket, SOL_TLS, TLS_RX_EXPECT_NO_PAD, &1u32.to_ne_bytes())
 }
 
 /// What the kernel's structs have beside the key.

@@ -44,27 +44,32 @@ impl Pool {
     pub fn put(&self, server: &ServerAddress, sock: Sock, idle: Duration) {
         let since = Instant::now();
         let mut pool = self.0.borrow_mut();
-        let list = pool.entry(server.clone()).or_default();
+        let list = match pool.get_mut(server) {
+            Some(list) => list,
+            None => pool.entry(server.clone()).or_default(),
+        };
         if idle.is_zero() || list.len() >= IDLE_PER_SERVER {
             return end(sock);
         }
         list.push(Idle { sock, since, until: since + idle });
     }
 
-    fn take(&self, server: &ServerAddress, fresh: bool) -> Option<Sock> {
+    /// `once`: the request must not be sent twice, so the connection has to be fresh, and is asked again.
+    fn take(&self, server: &ServerAddress, once: bool) -> Option<Sock> {
         let mut pool = self.0.borrow_mut();
         let list = pool.get_mut(server)?;
         let now = Instant::now();
         while let Some(Idle { mut sock, since, until }) = list.pop() {
-            if fresh && now.duration_since(since) > FRESH {
+            if once && now.duration_since(since) > FRESH {
                 // The newest is not fresh, so none is; it will do for another request.
                 list.push(Idle { sock, since, until });
                 return None;
             }
-            let silent = socket::recv(sock.fd(), &mut [0]).is_err_and(|e| socket::is_again(&e));
-            if silent && now < until {
+            let is_silent = !once && sock.seems_silent() || has_nothing_to_read(&sock);
+            if is_silent && now < until {
                 sock.readable = false;
                 sock.writable = true;
+                sock.changes_task();
                 return Some(sock);
             }
             end(sock);
@@ -103,6 +108,10 @@ impl Pool {
         let (sock, server) = connect(upstream, turn, watch, each, sockets).await?;
         Ok(Connected { sock, server, reused: false })
     }
+}
+
+fn has_nothing_to_read(sock: &Sock) -> bool {
+    socket::recv(sock.fd(), &mut [0]).is_err_and(|e| socket::is_again(&e))
 }
 
 /// Closes it once nothing of it is in flight on the ring.

@@ -36,7 +36,7 @@ fn run(ctx: &Context, text: &str) -> Result<(Option<i32>, String)> {
 }
 
 fn settings(ctx: &Context) -> Result<Settings> {
-    let relay = if ctx.environment.offload { Relay::Inline } else { Relay::Userspace };
+    let relay = if ctx.environment.offload { Relay::Auto } else { Relay::Userspace };
     Settings::new(ctx, relay)?.listen(0, &loopback(free_port()?).to_string())
 }
 
