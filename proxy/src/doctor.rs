@@ -63,7 +63,8 @@ impl Finding {
 pub fn examine(host: &Host, kernel: &Kernel) -> Vec<Finding> {
     let mut findings = vec![kernel::version(host, kernel), kernel::tls(host, kernel)];
     if kernel.no_ulp.is_none() {
-        findings.extend([kernel::suites(kernel), kernel::rekey(kernel), kernel::splice(kernel), kernel::gcm(host)]);
+        findings.extend([kernel::suites(kernel), kernel::rekey(kernel), kernel::splice(kernel)]);
+        findings.extend([kernel::receive(kernel), kernel::gcm(host)]);
     }
     findings.extend([io_uring(host), open_files(host), locked_memory(host), somaxconn(host)]);
     findings.extend([pipe_size(host), pipe_memory(host), kernel_metrics(host)]);
@@ -206,6 +207,7 @@ mod tests {
             suites: vec![suite],
             rekey: true,
             short_splice_safe: true,
+            opens_in_place: true,
             costs: crate::probe::cost::Costs::of(""),
             partial_record_wakes: false,
         }

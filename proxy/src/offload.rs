@@ -124,6 +124,7 @@ mod tests {
             suites: Vec::new(),
             rekey: true,
             short_splice_safe: true,
+            opens_in_place: true,
             partial_record_wakes: false,
             costs: probe::cost::Costs::of(""),
         };

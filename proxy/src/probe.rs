@@ -1,17 +1,19 @@
 //! Finds out, once at start, what this kernel's TLS can do; the relay is given the answers and asks for no version.
 //!
-//!   loopback pair ─▶ ULP? ─▶ each suite, each direction? ─▶ keys again? ─▶ short splices whole? ─▶ partial records quiet?
+//!   loopback pair ─▶ ULP? ─▶ each suite, each direction? ─▶ keys again? ─▶ short splices whole? ─▶ padded records whole?
+//!                 ─▶ partial records quiet?
 //!
 //! What pays here cannot be tried at start; it comes from a table in `cost.rs`.
 
 pub mod cost;
 
 use self::cost::Costs;
-use crate::sys::ktls::{self, Direction, Keys};
+use crate::protect::{HEADER_BYTES, OVERHEAD_BYTES, Protection};
+use crate::sys::ktls::{self, Direction, Keys, content_type};
 use crate::sys::pipe::Pipe;
 use crate::sys::socket;
-use rustls::SupportedCipherSuite;
 use rustls::crypto::aws_lc_rs::cipher_suite as suites;
+use rustls::{ConnectionTrafficSecrets, SupportedCipherSuite};
 use serde::Serialize;
 use std::io::{self, Write};
 use std::net::{TcpListener, TcpStream};
@@ -29,6 +31,9 @@ pub struct Kernel {
     pub rekey: bool,
     /// A splice out of a TLS socket that the pipe cuts short loses nothing: records may be gathered in one pipe.
     pub short_splice_safe: bool,
+    /// Records of TLS 1.3 are opened right where recvmsg wants them (TLS_RX_EXPECT_NO_PAD), and those that are padded all the
+    /// same are whole: 6.18.15 gives their padding for data, and overwrites what follows.
+    pub opens_in_place: bool,
     /// A poll reports a partial record as readable (6.1): SO_RCVLOWAT has to stand in.
     pub partial_record_wakes: bool,
     /// What pays here.
@@ -73,6 +78,7 @@ impl Kernel {
                 suites,
                 rekey: false,
                 short_splice_safe: false,
+                opens_in_place: false,
                 partial_record_wakes: true,
                 costs,
             };
@@ -88,6 +94,7 @@ impl Kernel {
             suites: suites.collect(),
             rekey: accepts_again().unwrap_or(false),
             short_splice_safe: short_splices_are_whole().unwrap_or(false),
+            opens_in_place: padded_records_are_whole().unwrap_or(false),
             partial_record_wakes: partial_record_wakes().unwrap_or(true),
             costs,
         }
@@ -192,19 +199,56 @@ fn short_splices_are_whole() -> io::Result<bool> {
     let sent: Vec<u8> = (0..RECORDS * RECORD).map(|i| (i % 251) as u8).collect();
     (&pair.far).write_all(&sent)?;
     let pipe = Pipe::new(4096)?;
-    let mut got = vec![0u8; sent.len()];
-    let mut at = 0;
-    let mut quiet = 0;
-    while at < got.len() && quiet < 100 {
-        match pipe.fill_from(pair.near.as_fd(), 1 << 16) {
+    let got = read_out(sent.len(), |into| {
+        let mut inside = pipe.fill_from(pair.near.as_fd(), 1 << 16)?;
+        let mut at = 0;
+        while inside > 0 && at < into.len() {
+            let n = pipe.read(&mut into[at..])?;
+            at += n;
+            inside = inside.saturating_sub(n);
+        }
+        Ok(at)
+    })?;
+    Ok(got == sent)
+}
+
+/// Sends records with padding and without, and receives them all together.
+fn padded_records_are_whole() -> io::Result<bool> {
+    const RECORDS: [(usize, usize); 5] = [(1000, 0), (500, 300), (16_000, 1), (1, 1000), (700, 0)];
+    let pair = Pair::new()?;
+    let suite = suites::TLS13_AES_256_GCM_SHA384;
+    ktls::attach(pair.near.as_fd())?;
+    keys(suite)?.install(pair.near.as_fd(), Direction::Rx)?;
+    ktls::expect_no_padding(pair.near.as_fd())?;
+    let (key, iv) = ktls::FIXED_AES_256_GCM;
+    let secrets = ConnectionTrafficSecrets::Aes256Gcm { key: key.into(), iv: iv.into() };
+    let mut protection = Protection::new(suite, 0, &secrets).ok_or(io::ErrorKind::Unsupported)?;
+    let (mut sent, mut wire) = (Vec::new(), Vec::new());
+    for (data, padding) in RECORDS {
+        let mut record = vec![0; OVERHEAD_BYTES + data + padding];
+        let plain = &mut record[HEADER_BYTES..];
+        plain[..data].iter_mut().zip(1..).for_each(|(byte, n)| *byte = (n % 251) as u8);
+        sent.extend_from_slice(&plain[..data]);
+        // RFC 8446 section 5.4: the content type stands behind the data, and zeros behind it; the last of them is where
+        // a record without padding has its type.
+        let last = if padding > 0 { 0 } else { content_type::APPLICATION_DATA };
+        plain[data] = content_type::APPLICATION_DATA;
+        let len = protection.seal(last, &mut record, data + padding);
+        wire.extend_from_slice(&record[..len]);
+    }
+    (&pair.far).write_all(&wire)?;
+    Ok(read_out(sent.len(), |into| socket::recv(pair.near.as_fd(), into))? == sent)
+}
+
+/// Reads until so many bytes are there, or none have come for a while.
+fn read_out(bytes: usize, mut read: impl FnMut(&mut [u8]) -> io::Result<usize>) -> io::Result<Vec<u8>> {
+    const SLACK: usize = 4096;
+    let mut got = vec![0; bytes + SLACK];
+    let (mut at, mut quiet) = (0, 0);
+    while at < bytes && quiet < 100 {
+        match read(&mut got[at..]) {
             Ok(0) => break,
-            Ok(mut inside) => {
-                while inside > 0 && at < got.len() {
-                    let n = pipe.read(&mut got[at..])?;
-                    at += n;
-                    inside = inside.saturating_sub(n);
-                }
-            }
+            Ok(n) => at += n,
             Err(e) if socket::is_again(&e) => {
                 quiet += 1;
                 std::thread::sleep(std::time::Duration::from_millis(1));
@@ -212,7 +256,8 @@ fn short_splices_are_whole() -> io::Result<bool> {
             Err(e) => return Err(e),
         }
     }
-    Ok(got == sent)
+    got.truncate(at);
+    Ok(got)
 }
 
 /// Sends the head of a record and asks whether a poll calls that readable.

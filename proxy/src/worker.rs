@@ -11,7 +11,6 @@ use crate::observe::maps::Maps;
 use crate::observe::sockets::Sockets;
 use crate::pipes::{Pipes, Share};
 use crate::probe::Kernel;
-use crate::probe::cost::Costs;
 use crate::relay::flow::Splicer;
 use crate::relay::{self, Scratch, Ways};
 use crate::send_room::SendMemory;
@@ -147,7 +146,7 @@ impl Core {
             relay: Rc::new(relay::Worker {
                 sockets: Sockets::new(maps, counters.user_endpoints.clone()),
                 counters,
-                ways: ways(snapshot.config.server.splice, kernel.costs),
+                ways: ways(snapshot.config.server.splice, &kernel),
                 kernel,
                 scratch: RefCell::new(Scratch::new()),
                 send_memory: SendMemory::new(send_cap(&snapshot.config)),
@@ -172,11 +171,13 @@ fn send_cap(config: &Config) -> usize {
 }
 
 /// As the configuration says, or as it costs less on this kernel.
-fn ways(mode: SpliceMode, costs: Costs) -> Ways {
+fn ways(mode: SpliceMode, kernel: &Kernel) -> Ways {
+    let costs = kernel.costs;
+    let copies_up = costs.copies_up && kernel.opens_in_place;
     let splices = |splicer| Ways { splicer, copies_up: false, copies_short: false };
     match mode {
         SpliceMode::Auto if costs.splices_on_ring => splices(Splicer::Ring),
-        SpliceMode::Auto => Ways { splicer: Splicer::Inline, copies_up: costs.copies_up, copies_short: true },
+        SpliceMode::Auto => Ways { splicer: Splicer::Inline, copies_up, copies_short: true },
         SpliceMode::Inline => splices(Splicer::Inline),
         SpliceMode::Ring => splices(Splicer::Ring),
     }

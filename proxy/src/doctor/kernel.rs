@@ -123,6 +123,18 @@ pub(super) fn splice(kernel: &Kernel) -> Finding {
     }
 }
 
+pub(super) fn receive(kernel: &Kernel) -> Finding {
+    const NAME: &str = "receiving records";
+    if kernel.opens_in_place {
+        Finding::ok(NAME, "records are opened where they are wanted, padded ones too")
+    } else {
+        Finding::note(
+            NAME,
+            "records are not opened where they are wanted, or padded ones are wrong then: uploads past the door are spliced",
+        )
+    }
+}
+
 pub(super) fn gcm(host: &Host) -> Finding {
     const NAME: &str = "AES-GCM driver";
     match &host.gcm_driver {

@@ -19,6 +19,10 @@ const TLS_RX_EXPECT_NO_PAD: libc::c_int = 4;
 const TLS_SET_RECORD_TYPE: libc::c_int = 1;
 const TLS_GET_RECORD_TYPE: libc::c_int = 2;
 
+/// Key and iv that protect nothing, for the probe.
+pub const FIXED_AES_256_GCM: ([u8; 32], [u8; IV_BYTES]) = ([7; 32], FIXED_IV);
+const FIXED_IV: [u8; IV_BYTES] = [9; IV_BYTES];
+
 /// Which of a socket's two keys.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Direction {
@@ -80,7 +84,7 @@ impl Keys {
 
     /// As `fixed_aes_128_gcm`.
     pub fn fixed_aes_256_gcm(version: u16) -> Self {
-        Raw::fixed(version).aes_256_gcm([7; 32])
+        Raw::fixed(version).aes_256_gcm(FIXED_AES_256_GCM.0)
     }
 
     /// As `fixed_aes_128_gcm`.
@@ -118,7 +122,7 @@ struct Raw {
 
 impl Raw {
     fn fixed(version: u16) -> Self {
-        Self { version, iv: [9; IV_BYTES], sequence: 0 }
+        Self { version, iv: FIXED_IV, sequence: 0 }
     }
 
     fn info(&self, cipher_type: u32) -> sys::tls_crypto_info {

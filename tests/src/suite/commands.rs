@@ -92,6 +92,9 @@ fn doctor(ctx: &Context) -> Result<()> {
     if ctx.environment.offload {
         let can = rekey.as_bool().unwrap_or_else(|| rekey.to_string().contains("true"));
         ensure!(can == ctx.environment.rekeys(), "rekey is {rekey} on {}", ctx.environment.kernel.name());
+        let probed = ["short_splice_safe", "opens_in_place", "partial_record_wakes"];
+        let probed = probed.map(|key| find(&report, key).map_or(format!("{key}?"), |value| format!("{key} {value}")));
+        ctx.note(&probed.join(", "));
     }
     Ok(())
 }
