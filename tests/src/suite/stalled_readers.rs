@@ -1,4 +1,5 @@
-//! A thousand clients that read nothing while their upstreams send: what they hold is capped, and others are served.
+//! Clients that read nothing while their upstreams send, from the start or after much: what they hold is capped, and others
+//! are served.
 
 use crate::client::Client;
 use crate::client::handshake::{Offer, TLS13_AES_128, TLS13_AES_256};
@@ -18,7 +19,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 pub fn tests(env: &Environment) -> Vec<Test> {
-    let mut tests = Test::one_relay(env, "readers_that_stall_hold_no_more_than_their_caps", stalled);
+    let mut tests = Test::one_relay(env, "readers_that_stall_hold_no_more_than_their_caps", from_the_start);
+    tests.extend(Test::one_relay(env, "readers_that_stall_after_much_hold_no_more_than_their_caps", after_much));
     for test in &mut tests {
         test.limit = Duration::from_secs(env.scale(90, 240));
     }
@@ -30,6 +32,8 @@ const PIPE_MEMORY_KIB: u64 = 64 << 10;
 /// that is little, as no more is read than the reader takes; past the door the kernel holds it, and copies go through a
 /// small buffer.
 const PROCESS_KIB: u64 = 64 << 10;
+/// What all connections keep together because larger pieces were read for them than they took.
+const SEND_MEMORY_KIB: u64 = 32 << 10;
 const OFFLOADED_READER_KIB: u64 = 20;
 const USERSPACE_READER_KIB: u64 = 40;
 
@@ -64,14 +68,30 @@ fn flood(listener: &TcpListener, stop: &AtomicBool, sent: &AtomicU64) -> Result<
     Ok(())
 }
 
-fn stalled(ctx: &Context, relay: Relay) -> Result<()> {
-    let readers = ctx.environment.scale(1_000_u64, 500);
+/// Who stalls.
+struct Readers {
+    count: u64,
+    /// What each has read before.
+    first_bytes: u64,
+}
+
+fn from_the_start(ctx: &Context, relay: Relay) -> Result<()> {
+    stalled(ctx, relay, &Readers { count: ctx.environment.scale(1_000, 500), first_bytes: 0 })
+}
+
+/// For a reader that keeps up, large pieces are read, and what is left of one when it stalls has to be kept.
+fn after_much(ctx: &Context, relay: Relay) -> Result<()> {
+    let (count, first_bytes) = ctx.environment.scale((64, 4 << 20), (12, 4 << 20));
+    stalled(ctx, relay, &Readers { count, first_bytes })
+}
+
+fn stalled(ctx: &Context, relay: Relay, readers: &Readers) -> Result<()> {
     let listener = TcpListener::bind(loopback(free_port()?))?;
     let flooding = listener.local_addr()?.to_string();
     let upstream = Upstream::serve(&ctx.environment, Kind::V4, serve)?;
     let setup = Setup::with(ctx, relay, &[0, 0, 1 << 20], upstream, |mut settings| {
         settings.listeners[0].server = flooding;
-        settings
+        settings.limit(&format!("send_memory = \"{} MiB\"", SEND_MEMORY_KIB >> 10))
     })?;
     let (stop, sent) = (AtomicBool::new(false), AtomicU64::new(0));
     thread::scope(|scope| {
@@ -84,16 +104,21 @@ fn stalled(ctx: &Context, relay: Relay) -> Result<()> {
     setup.finish(ctx).map(drop)
 }
 
-fn measure(ctx: &Context, setup: &Setup, relay: Relay, readers: u64, sent: &AtomicU64) -> Result<()> {
+fn measure(ctx: &Context, setup: &Setup, relay: Relay, readers: &Readers, sent: &AtomicU64) -> Result<()> {
     let pid = setup.proxy.pid();
     let ((pss_before, measure), tcp_before) = (memory_kib(pid)?, tcp_memory_kib()?);
     let offer = Offer::new(ctx, TLS13_AES_128)?;
     let connect = |_| {
-        let socket = small_socket(setup.proxy.address(0), 16_384)?;
-        Client::connect_on(ctx, socket, &offer)
+        if readers.first_bytes == 0 {
+            return Client::connect_on(ctx, small_socket(setup.proxy.address(0), 16_384)?, &offer);
+        }
+        let mut client = Client::connect(ctx, setup.proxy.address(0), &offer)?;
+        let ended = client.rx.read(readers.first_bytes, |_, _| Ok(()))?;
+        ensure!(ended.is_none(), "the stream ended: {ended:?}");
+        Ok(client)
     };
     let started = Instant::now();
-    let clients = (0..readers).map(connect).collect::<Result<Vec<_>>>().context("connect the readers")?;
+    let clients = (0..readers.count).map(connect).collect::<Result<Vec<_>>>().context("connect the readers")?;
     // Until nothing moves any more.
     let mut last = u64::MAX;
     while last != sent.load(Relaxed) {
@@ -113,7 +138,8 @@ fn measure(ctx: &Context, setup: &Setup, relay: Relay, readers: u64, sent: &Atom
     let pss = memory_kib(pid)?.0;
     let pipes = metrics.sum("tlsplice_pipe_bytes", &[]) >> 10;
     ctx.note(&format!(
-        "{readers} stalled readers, {} MiB taken from their upstreams: {measure} {} KiB (+{}), pipes {pipes} KiB, {} denied, TCP +{} KiB",
+        "{} stalled readers, {} MiB taken from their upstreams: {measure} {} KiB (+{}), pipes {pipes} KiB, {} denied, TCP +{} KiB",
+        readers.count,
         last >> 20,
         pss,
         pss - pss_before.min(pss),
@@ -122,7 +148,8 @@ fn measure(ctx: &Context, setup: &Setup, relay: Relay, readers: u64, sent: &Atom
     ));
     ensure!(pipes <= PIPE_MEMORY_KIB, "the pipes hold {pipes} KiB");
     let each = if relay.offloads() { OFFLOADED_READER_KIB } else { USERSPACE_READER_KIB };
-    let cap = PROCESS_KIB + readers * each;
+    let kept = if readers.first_bytes == 0 { 0 } else { SEND_MEMORY_KIB };
+    let cap = PROCESS_KIB + kept + readers.count * each;
     ensure!(pss <= cap, "the process has {pss} KiB, {cap} are the cap");
     drop(clients);
     Ok(())
