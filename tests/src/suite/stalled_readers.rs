@@ -32,21 +32,24 @@ const PIPE_MEMORY_KIB: u64 = 64 << 10;
 /// that is little, as no more is read than the reader takes; past the door the kernel holds it, and copies go through a
 /// small buffer.
 const PROCESS_KIB: u64 = 64 << 10;
-/// What all connections keep together because larger pieces were read for them than they took.
-const SEND_MEMORY_KIB: u64 = 32 << 10;
 const OFFLOADED_READER_KIB: u64 = 20;
 const USERSPACE_READER_KIB: u64 = 40;
+/// By how much the buffers of all workers, touched for the first time, let the process grow.
+const BUFFERS_KIB: u64 = 8 << 10;
 
 /// An upstream that sends to everyone as fast as they take it, in one thread.
-fn flood(listener: &TcpListener, stop: &AtomicBool, sent: &AtomicU64) -> Result<()> {
+fn flood(listener: &TcpListener, readers: &Readers, stop: &AtomicBool, sent: &AtomicU64) -> Result<()> {
     listener.set_nonblocking(true)?;
     let mut streams: Vec<TcpStream> = Vec::new();
-    let chunk = vec![7; 1 << 16];
+    // For one that keeps up there has to be much to read at once.
+    let chunk = vec![7; if readers.first_bytes > 0 { 4 << 20 } else { 1 << 16 }];
     while !stop.load(Relaxed) {
         while let Ok((stream, _)) = listener.accept() {
             stream.set_nonblocking(true)?;
-            // Most of what is in flight shall be tlsplice's affair.
-            socket2::SockRef::from(&stream).set_send_buffer_size(1 << 16)?;
+            if readers.first_bytes == 0 {
+                // Most of what is in flight shall be tlsplice's affair.
+                socket2::SockRef::from(&stream).set_send_buffer_size(1 << 16)?;
+            }
             streams.push(stream);
         }
         let mut idle = true;
@@ -79,7 +82,7 @@ fn from_the_start(ctx: &Context, relay: Relay) -> Result<()> {
     stalled(ctx, relay, &Readers { count: ctx.environment.scale(1_000, 500), first_bytes: 0 })
 }
 
-/// For a reader that keeps up, large pieces are read, and what is left of one when it stalls has to be kept.
+/// For a reader that keeps up, large pieces are read. When it stalls, no more of one is kept than of one that never read.
 fn after_much(ctx: &Context, relay: Relay) -> Result<()> {
     let (count, first_bytes) = ctx.environment.scale((64, 4 << 20), (12, 4 << 20));
     stalled(ctx, relay, &Readers { count, first_bytes })
@@ -91,11 +94,11 @@ fn stalled(ctx: &Context, relay: Relay, readers: &Readers) -> Result<()> {
     let upstream = Upstream::serve(&ctx.environment, Kind::V4, serve)?;
     let setup = Setup::with(ctx, relay, &[0, 0, 1 << 20], upstream, |mut settings| {
         settings.listeners[0].server = flooding;
-        settings.limit(&format!("send_memory = \"{} MiB\"", SEND_MEMORY_KIB >> 10))
+        settings
     })?;
     let (stop, sent) = (AtomicBool::new(false), AtomicU64::new(0));
     thread::scope(|scope| {
-        let flooder = scope.spawn(|| flood(&listener, &stop, &sent));
+        let flooder = scope.spawn(|| flood(&listener, readers, &stop, &sent));
         let result = measure(ctx, &setup, relay, readers, &sent);
         stop.store(true, Relaxed);
         flooder.join().expect("the flooder does not panic")?;
@@ -148,9 +151,12 @@ fn measure(ctx: &Context, setup: &Setup, relay: Relay, readers: &Readers, sent: 
     ));
     ensure!(pipes <= PIPE_MEMORY_KIB, "the pipes hold {pipes} KiB");
     let each = if relay.offloads() { OFFLOADED_READER_KIB } else { USERSPACE_READER_KIB };
-    let kept = if readers.first_bytes == 0 { 0 } else { SEND_MEMORY_KIB };
-    let cap = PROCESS_KIB + kept + readers.count * each;
+    let cap = PROCESS_KIB + readers.count * each;
     ensure!(pss <= cap, "the process has {pss} KiB, {cap} are the cap");
+    if readers.first_bytes > 0 {
+        let (grown, cap) = (pss.saturating_sub(pss_before), BUFFERS_KIB + readers.count * each);
+        ensure!(grown <= cap, "the process has grown by {grown} KiB, {cap} are the cap");
+    }
     drop(clients);
     Ok(())
 }
