@@ -145,7 +145,7 @@ fn pass(relay: Box<Userspace>) -> Passed {
     match through_the_door(tls) {
         Offloaded::Kernel(tls) => Passed::Kernel(Box::new(Kernel::new(*tls, upstream, to_upstream, up, down))),
         Offloaded::Declined(tls) => {
-            Passed::Declined(Box::new(Userspace::again(*tls, upstream, to_upstream, (up, down))))
+            Passed::Declined(Box::new(Userspace { tls: *tls, upstream, to_upstream, up, down, door: Door::Shut }))
         }
         Offloaded::Failed(client, ended) => {
             let (upstream, pending) = (Some(upstream), Spare::default());

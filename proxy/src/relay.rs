@@ -16,6 +16,7 @@ mod keys;
 mod reach;
 pub mod record;
 mod spare;
+pub mod turns;
 pub mod user_tls;
 pub mod userspace;
 
@@ -48,9 +49,6 @@ const SEAL_RECORDS: usize = 4 * COPY_RECORDS;
 /// Bytes read of a client at once where userspace opens its records or its requests, and the most once all was taken.
 pub const RECEIVE_BYTES: usize = 2 * COPY_BYTES;
 const RECEIVE_MOST_BYTES: usize = 4 * RECEIVE_BYTES;
-/// After as many reads of an upstream in a row that gave less than a record, answers are taken to be short: one record is
-/// asked for, by a plain recv, which costs less than recvmsg or a pipe.
-const SHORT_READS: u8 = 2;
 /// How long the other direction may be silent once one has ended without hope of more: a client that is gone without
 /// a close_notify, an upstream that has said all. A clean half-close of the client has `idle_timeout`, as it waits
 /// for an answer.

@@ -19,12 +19,11 @@ use super::request::Request;
 use crate::config::Config;
 use crate::observe::counters::End;
 use crate::relay::flow::{Flow, Splicer};
+use crate::relay::turns::{InTurns, Turns};
 use crate::relay::userspace::Door;
 use crate::relay::{Client, Ended, Spare, Turn, Want};
 use crate::ring::{Look, Sock};
 use crate::watch::Verdict;
-use std::future::Future;
-use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 
@@ -49,8 +48,6 @@ pub struct Exchange {
     pub(super) keep_upstream: bool,
     pub up_bytes: u64,
     pub down_bytes: u64,
-    /// As in `relay::kernel`.
-    waits: bool,
 }
 
 /// What is left of a body.
@@ -130,13 +127,12 @@ impl Exchange {
             keep_upstream: false,
             up_bytes: 0,
             down_bytes: 0,
-            waits: false,
         }
     }
 
     /// Goes on until there is an outcome; behind `AtDoor` it can go on again.
-    pub fn run(&mut self) -> Run<'_> {
-        Run(self)
+    pub fn run(&mut self) -> InTurns<'_, Self> {
+        InTurns::new(self)
     }
 
     /// Takes the client through the door in the middle of a body.
@@ -155,51 +151,6 @@ impl Exchange {
                 let (client, ended) = *failed;
                 Err(Box::new((client, self.upstream, ended)))
             }
-        }
-    }
-
-    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Outcome> {
-        let mut look = Look::All;
-        let is_in_flight = self.up.is_in_flight() || self.near.downstream.is_in_flight();
-        let mut waits = std::mem::take(&mut self.waits) && !is_in_flight;
-        loop {
-            if !waits && let Some(outcome) = ready!(self.poll_turns(cx)) {
-                return Poll::Ready(outcome);
-            }
-            let want = self.want();
-            match self.near.downstream.poll_ready(cx, Some(&mut self.upstream), want, look) {
-                Poll::Ready(Ok(())) => (waits, look) = (false, Look::New),
-                Poll::Ready(Err(verdict)) => return Poll::Ready(self.timed_out(verdict)),
-                Poll::Pending => {
-                    self.waits = true;
-                    return Poll::Pending;
-                }
-            }
-        }
-    }
-
-    /// Both directions have their turns, until both wait or the exchange is over.
-    fn poll_turns(&mut self, cx: &mut Context<'_>) -> Poll<Option<Outcome>> {
-        let worker = self.near.downstream.client().worker.clone();
-        loop {
-            let turns = {
-                let mut scratch = worker.scratch.borrow_mut();
-                self.turn_up(cx, &mut scratch).and_then(|up| Ok((up, self.turn_down(cx, &mut scratch)?)))
-            };
-            let (up, down) = match turns {
-                Ok(turns) => turns,
-                Err(outcome) => return Poll::Ready(Some(outcome)),
-            };
-            if let Some(outcome) = self.outcome() {
-                return Poll::Ready(Some(outcome));
-            }
-            if self.near.is_at_door() {
-                return Poll::Ready(Some(Outcome::AtDoor));
-            }
-            if up != Turn::Again && down != Turn::Again {
-                return Poll::Ready(None);
-            }
-            ready!(self.near.downstream.client_mut().poll_next_turn(cx));
         }
     }
 
@@ -271,12 +222,40 @@ impl Exchange {
     }
 }
 
-/// The future of one exchange.
-pub struct Run<'a>(&'a mut Exchange);
+impl Turns for Exchange {
+    type End = Outcome;
 
-impl Future for Run<'_> {
-    type Output = Outcome;
-    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Outcome> {
-        self.0.poll(cx)
+    fn is_in_flight(&self) -> bool {
+        self.up.is_in_flight() || self.near.downstream.is_in_flight()
+    }
+
+    fn poll_turns(&mut self, cx: &mut Context<'_>) -> Poll<Option<Outcome>> {
+        let worker = self.near.downstream.client().worker.clone();
+        loop {
+            let turns = {
+                let mut scratch = worker.scratch.borrow_mut();
+                self.turn_up(cx, &mut scratch).and_then(|up| Ok((up, self.turn_down(cx, &mut scratch)?)))
+            };
+            let (up, down) = match turns {
+                Ok(turns) => turns,
+                Err(outcome) => return Poll::Ready(Some(outcome)),
+            };
+            if let Some(outcome) = self.outcome() {
+                return Poll::Ready(Some(outcome));
+            }
+            if self.near.is_at_door() {
+                return Poll::Ready(Some(Outcome::AtDoor));
+            }
+            if up != Turn::Again && down != Turn::Again {
+                return Poll::Ready(None);
+            }
+            ready!(self.near.downstream.client_mut().poll_next_turn(cx));
+        }
+    }
+
+    fn poll_sockets(&mut self, cx: &mut Context<'_>, look: Look) -> Poll<Option<Outcome>> {
+        let want = self.want();
+        let ready = ready!(self.near.downstream.poll_ready(cx, Some(&mut self.upstream), want, look));
+        Poll::Ready(ready.err().map(|verdict| self.timed_out(verdict)))
     }
 }

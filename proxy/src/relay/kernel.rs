@@ -1,11 +1,13 @@
-//! The relay behind the door: the kernel opens and seals the records, pipes carry the bytes.
+//! The relay behind the door: the kernel opens and seals the records, pipes carry the bytes, or a copy where that costs less.
 //!
 //!   client (TLS_RX) ─▶ splice ─▶ pipe ─▶ splice ─▶ upstream      upstream ─▶ splice ─▶ pipe ─▶ splice ─▶ (TLS_TX) client
+//!                 └──▶ recv ─▶ send ─────────────▶                        └──▶ recv ─▶ send ─────────────▶
 //!
 //! What TLS asks for beside data is in `kernel_tls`; here are the two directions, their pipes and their ends.
 
 use super::flow::{Drained, Flow, Splicer};
 use super::kernel_tls::KernelTls;
+use super::turns::{InTurns, Turns};
 use super::user_tls::{Received, Sealed, Then};
 use super::{ClientEnd, Down, Ended, Scratch, Spare, Turn, Up, Want, over, timed_out};
 use super::{HALF_OPEN_TIMEOUT, NO_REKEY_QUIET, TURN_BYTES};
@@ -13,8 +15,6 @@ use crate::observe::counters::End;
 use crate::protect::PLAIN_BYTES;
 use crate::ring::{Look, Sock};
 use crate::watch::Verdict;
-use std::future::Future;
-use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
@@ -26,8 +26,6 @@ pub struct Kernel {
     down_flow: Flow,
     up: Up,
     down: Down,
-    /// As in `Userspace`; but what is in flight on the ring wakes a direction, and not a socket.
-    waits: bool,
 }
 
 impl Kernel {
@@ -45,56 +43,14 @@ impl Kernel {
             down_flow: Flow::new(splicer, Spare::default()),
             up,
             down,
-            waits: false,
         }
     }
 
     /// Relays to the end.
-    pub fn run(&mut self) -> Run<'_> {
-        Run(self)
-    }
-
-    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Ended> {
-        let mut look = Look::All;
-        let is_in_flight = self.up_flow.is_in_flight() || self.down_flow.is_in_flight();
-        let mut waits = std::mem::take(&mut self.waits) && !is_in_flight;
-        loop {
-            if !waits && let Some(ended) = ready!(self.poll_turns(cx)) {
-                return Poll::Ready(ended);
-            }
-            let want = self.want();
-            match self.tls.poll_ready(cx, Some(&mut self.upstream), want, look) {
-                Poll::Ready(Ok(())) => {}
-                Poll::Ready(Err(verdict)) => {
-                    if let Some(ended) = self.timed_out(verdict) {
-                        return Poll::Ready(ended);
-                    }
-                }
-                Poll::Pending => {
-                    self.waits = true;
-                    return Poll::Pending;
-                }
-            }
-            (waits, look) = (false, Look::New);
-        }
-    }
-
-    /// Both directions have their turns, until both wait or the relay is over.
-    fn poll_turns(&mut self, cx: &mut Context<'_>) -> Poll<Option<Ended>> {
-        loop {
-            let turns = self.turn_up(cx).and_then(|up| Ok((up, self.turn_down(cx)?)));
-            let (up, down) = match turns {
-                Ok(turns) => turns,
-                Err(ended) => return Poll::Ready(Some(ended)),
-            };
-            if let Some(ended) = self.over() {
-                return Poll::Ready(Some(ended));
-            }
-            if up != Turn::Again && down != Turn::Again {
-                return Poll::Ready(None);
-            }
-            ready!(self.tls.client.poll_next_turn(cx));
-        }
+    pub async fn run(&mut self) -> Ended {
+        let ended = InTurns::new(self).await;
+        self.tls.reset_low_water();
+        ended
     }
 
     fn over(&self) -> Option<Ended> {
@@ -295,14 +251,33 @@ impl Kernel {
     }
 }
 
-/// The future of one relay.
-pub struct Run<'a>(&'a mut Kernel);
+impl Turns for Kernel {
+    type End = Ended;
 
-impl Future for Run<'_> {
-    type Output = Ended;
-    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Ended> {
-        let ended = ready!(self.0.poll(cx));
-        self.0.tls.reset_low_water();
-        Poll::Ready(ended)
+    fn is_in_flight(&self) -> bool {
+        self.up_flow.is_in_flight() || self.down_flow.is_in_flight()
+    }
+
+    fn poll_turns(&mut self, cx: &mut Context<'_>) -> Poll<Option<Ended>> {
+        loop {
+            let turns = self.turn_up(cx).and_then(|up| Ok((up, self.turn_down(cx)?)));
+            let (up, down) = match turns {
+                Ok(turns) => turns,
+                Err(ended) => return Poll::Ready(Some(ended)),
+            };
+            if let Some(ended) = self.over() {
+                return Poll::Ready(Some(ended));
+            }
+            if up != Turn::Again && down != Turn::Again {
+                return Poll::Ready(None);
+            }
+            ready!(self.tls.client.poll_next_turn(cx));
+        }
+    }
+
+    fn poll_sockets(&mut self, cx: &mut Context<'_>, look: Look) -> Poll<Option<Ended>> {
+        let want = self.want();
+        let ready = ready!(self.tls.poll_ready(cx, Some(&mut self.upstream), want, look));
+        Poll::Ready(ready.err().and_then(|verdict| self.timed_out(verdict)))
     }
 }

@@ -10,11 +10,11 @@
 //! knows no upstream.
 
 use super::flow::{Drained, Flow, Splicer};
-use super::reach::Reach;
+use super::reach::{Reach, ShortReads};
 use super::record::{self, Fatal, Head, Storm, alert};
 use super::user_tls::{Received, Sealed, Then};
 use super::{COPY_BYTES, Client, ClientEnd, Ended, Scratch, TURN_BYTES, UpstreamEnd, Want, is_gone};
-use super::{RECEIVE_BYTES, RECEIVE_MOST_BYTES, SHORT_READS};
+use super::{RECEIVE_BYTES, RECEIVE_MOST_BYTES};
 use crate::observe::counters::End;
 use crate::protect::PLAIN_BYTES;
 use crate::ring::{Look, Sock};
@@ -48,8 +48,7 @@ pub struct KernelTls {
     reach_up: Reach<RECEIVE_BYTES, RECEIVE_MOST_BYTES>,
     /// The last time it was as much as was asked for.
     received_in_full: bool,
-    /// As in `UserTls`.
-    short_reads: u8,
+    short_reads: ShortReads,
     /// SO_RCVLOWAT stands above 1, because a partial record would wake us for ever; read again when this is over.
     low_water: Option<Pin<Box<Sleep>>>,
     /// A splice to the client runs on the ring: no record of ours may come between.
@@ -71,7 +70,7 @@ impl KernelTls {
             storm: Storm::default(),
             reach_up: Reach::default(),
             received_in_full: false,
-            short_reads: 0,
+            short_reads: ShortReads::default(),
             low_water: None,
             is_sending: false,
         }
@@ -150,7 +149,7 @@ impl KernelTls {
         max: usize,
     ) -> Poll<Sealed> {
         let max = max.min(TURN_BYTES);
-        let is_short = self.client.worker.ways.copies_short && self.short_reads == SHORT_READS;
+        let is_short = self.client.worker.ways.copies_short && self.short_reads.are_usual();
         let result = if is_short {
             self.copy_down(flow, upstream, scratch, max.min(PLAIN_BYTES))
         } else if flow.has_pipe(&self.client.share) {
@@ -165,10 +164,8 @@ impl KernelTls {
         Poll::Ready(match result {
             Ok(0) => Sealed::Eof,
             Ok(n) => {
-                if n < PLAIN_BYTES {
-                    self.short_reads = SHORT_READS.min(self.short_reads + 1);
-                } else {
-                    self.short_reads = 0;
+                self.short_reads.note(n);
+                if n >= PLAIN_BYTES {
                     self.client.sock.limit_room();
                 }
                 self.client.moved_down += n as u64;

@@ -7,6 +7,7 @@
 //! of the worker's connections keep leaves room for it in `limits.send_memory`.
 
 use super::spare::kept_bytes;
+use crate::protect::PLAIN_BYTES;
 use crate::send_room::SendMemory;
 
 /// See the module.
@@ -37,6 +38,24 @@ impl<const LEAST: usize, const MOST: usize> Reach<LEAST, MOST> {
     }
 }
 
+/// Reads of an upstream in a row that gave less than a record. After some of them its answers are taken to be short: one
+/// record is asked for, by a plain recv, which costs less than recvmsg or a pipe.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct ShortReads(u8);
+
+impl ShortReads {
+    const ENOUGH: u8 = 2;
+
+    pub fn are_usual(self) -> bool {
+        self.0 == Self::ENOUGH
+    }
+
+    /// A read gave so many bytes.
+    pub fn note(&mut self, bytes: usize) {
+        self.0 = if bytes < PLAIN_BYTES { Self::ENOUGH.min(self.0 + 1) } else { 0 };
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -56,6 +75,18 @@ mod tests {
         assert_eq!(reach.bytes(&memory), 50, "the most");
         reach.note(true, false);
         assert_eq!(reach.bytes(&memory), 10);
+    }
+
+    #[test]
+    fn a_full_record_ends_a_row_of_short_reads() {
+        let mut reads = ShortReads::default();
+        reads.note(1);
+        assert!(!reads.are_usual());
+        reads.note(PLAIN_BYTES - 1);
+        reads.note(1);
+        assert!(reads.are_usual());
+        reads.note(PLAIN_BYTES);
+        assert!(!reads.are_usual());
     }
 
     #[test]

@@ -6,9 +6,9 @@
 //! sees plaintext and how the stream ended. Nothing is held while nothing moves but what a socket did not take, and a
 //! record that is not complete. This module knows no upstream, only a socket that it may read plaintext from.
 
-use super::reach::Reach;
+use super::reach::{Reach, ShortReads};
 use super::record::{self, Fatal, Head, Storm, alert};
-use super::{COPY_BYTES, RECEIVE_BYTES, RECEIVE_MOST_BYTES, SEAL_RECORDS, SHORT_READS};
+use super::{COPY_BYTES, RECEIVE_BYTES, RECEIVE_MOST_BYTES, SEAL_RECORDS};
 use super::{Client, ClientEnd, Ended, Scratch, Spare, UpstreamEnd};
 use crate::observe::counters::End;
 use crate::protect::{self, OVERHEAD_BYTES, OpenError, PLAIN_BYTES, WIRE_BYTES};
@@ -38,8 +38,7 @@ pub struct UserTls {
     pub to_client: Spare,
     /// The upstream has much to say: how much the client's queue takes is asked before it is read.
     flows: bool,
-    /// Reads of the upstream in a row that gave less than a record.
-    short_reads: u8,
+    short_reads: ShortReads,
     /// Read of the upstream at once, and of the client.
     reach_down: Reach<COPY_BYTES, { SEAL_RECORDS * PLAIN_BYTES }>,
     reach_up: Reach<RECEIVE_BYTES, RECEIVE_MOST_BYTES>,
@@ -97,7 +96,7 @@ impl UserTls {
             leftover,
             to_client: Spare::default(),
             flows: false,
-            short_reads: 0,
+            short_reads: ShortReads::default(),
             reach_down: Reach::default(),
             reach_up: Reach::default(),
             waits_for_room: false,
@@ -274,7 +273,7 @@ impl UserTls {
         let sock = &mut self.client.sock;
         let room = match self.flows {
             true => sock.room_bytes(),
-            false if self.short_reads == SHORT_READS => Some(PLAIN_BYTES),
+            false if self.short_reads.are_usual() => Some(PLAIN_BYTES),
             false => Some(FIRST_READ_BYTES),
         };
         let appetite = match room {
@@ -356,7 +355,7 @@ impl UserTls {
         upstream.received(plain);
         upstream.readable = plain == wanted;
         self.flows = plain >= FIRST_READ_BYTES || (self.flows && plain >= PLAIN_BYTES);
-        self.short_reads = if plain < PLAIN_BYTES { SHORT_READS.min(self.short_reads + 1) } else { 0 };
+        self.short_reads.note(plain);
         self.send_slots(scratch, plain)?;
         self.reach_down.note(upstream.readable, self.to_client.is_empty());
         Ok(Sealed::Bytes(plain))

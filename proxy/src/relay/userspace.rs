@@ -6,14 +6,13 @@
 //! copied but what a socket does not take, which the connection keeps. One that waits holds no buffer. When the
 //! connection is to go through the door, reads become exact, so that the client's stream stands at the boundary of a record.
 
+use super::turns::{InTurns, Turns};
 use super::user_tls::{Received, Sealed, Then, UserTls};
 use super::{COPY_RECORDS, HALF_OPEN_TIMEOUT};
 use super::{Down, Ended, Scratch, Spare, TURN_BYTES, Turn, Up, Want, hand_on, over, timed_out};
 use crate::observe::counters::End;
 use crate::protect::PLAIN_BYTES;
 use crate::ring::{Look, Sock};
-use std::future::Future;
-use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 
 /// When a connection goes through the door.
@@ -33,9 +32,6 @@ pub struct Userspace {
     pub up: Up,
     pub down: Down,
     pub door: Door,
-    /// The last poll ended in waiting for the sockets. The next one goes on there: until something has come, the directions
-    /// have nothing to do.
-    waits: bool,
 }
 
 /// Where the relay stops.
@@ -48,18 +44,12 @@ pub enum Stop {
 
 impl Userspace {
     pub fn new(tls: UserTls, upstream: Sock, door: Door) -> Self {
-        let (up, down) = (Up::Open, Down::Open);
-        Self { tls, upstream, to_upstream: Spare::default(), up, down, door, waits: false }
-    }
-
-    /// Goes on where the door stayed shut.
-    pub fn again(tls: UserTls, upstream: Sock, to_upstream: Spare, (up, down): (Up, Down)) -> Self {
-        Self { tls, upstream, to_upstream, up, down, door: Door::Shut, waits: false }
+        Self { tls, upstream, to_upstream: Spare::default(), up: Up::Open, down: Down::Open, door }
     }
 
     /// Relays until the door or the end.
-    pub fn run(&mut self) -> Run<'_> {
-        Run(self)
+    pub fn run(&mut self) -> InTurns<'_, Self> {
+        InTurns::new(self)
     }
 
     fn wants_door(&self) -> bool {
@@ -70,49 +60,6 @@ impl Userspace {
     /// stop the sending side too.
     fn at_door(&self) -> bool {
         self.wants_door() && self.up == Up::Open && self.tls.is_at_boundary()
-    }
-
-    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Stop> {
-        let mut look = Look::All;
-        let mut waits = std::mem::take(&mut self.waits);
-        loop {
-            if !waits && let Some(stop) = ready!(self.poll_turns(cx)) {
-                return Poll::Ready(stop);
-            }
-            let want = self.want();
-            match self.tls.client.poll_ready(cx, Some(&mut self.upstream), want, look) {
-                Poll::Ready(Ok(())) => (waits, look) = (false, Look::New),
-                Poll::Ready(Err(verdict)) => return Poll::Ready(Stop::Over(timed_out(self.up, self.down, verdict))),
-                Poll::Pending => {
-                    self.waits = true;
-                    return Poll::Pending;
-                }
-            }
-        }
-    }
-
-    /// Both directions have their turns, until both wait or the relay stops.
-    fn poll_turns(&mut self, cx: &mut Context<'_>) -> Poll<Option<Stop>> {
-        let worker = self.tls.client.worker.clone();
-        loop {
-            let mut scratch = worker.scratch.borrow_mut();
-            let turns = self.turn_up(&mut scratch).and_then(|up| Ok((up, self.turn_down(&mut scratch)?)));
-            drop(scratch);
-            let (up, down) = match turns {
-                Ok(turns) => turns,
-                Err(ended) => return Poll::Ready(Some(Stop::Over(ended))),
-            };
-            if let Some(ended) = self.over() {
-                return Poll::Ready(Some(Stop::Over(ended)));
-            }
-            if self.at_door() {
-                return Poll::Ready(Some(Stop::AtDoor));
-            }
-            if up != Turn::Again && down != Turn::Again {
-                return Poll::Ready(None);
-            }
-            ready!(self.tls.client.poll_next_turn(cx));
-        }
     }
 
     fn over(&self) -> Option<Ended> {
@@ -269,12 +216,39 @@ impl Userspace {
     }
 }
 
-/// The future of one relay, up to the door or the end.
-pub struct Run<'a>(&'a mut Userspace);
+impl Turns for Userspace {
+    type End = Stop;
 
-impl Future for Run<'_> {
-    type Output = Stop;
-    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Stop> {
-        self.0.poll(cx)
+    fn is_in_flight(&self) -> bool {
+        false
+    }
+
+    fn poll_turns(&mut self, cx: &mut Context<'_>) -> Poll<Option<Stop>> {
+        let worker = self.tls.client.worker.clone();
+        loop {
+            let mut scratch = worker.scratch.borrow_mut();
+            let turns = self.turn_up(&mut scratch).and_then(|up| Ok((up, self.turn_down(&mut scratch)?)));
+            drop(scratch);
+            let (up, down) = match turns {
+                Ok(turns) => turns,
+                Err(ended) => return Poll::Ready(Some(Stop::Over(ended))),
+            };
+            if let Some(ended) = self.over() {
+                return Poll::Ready(Some(Stop::Over(ended)));
+            }
+            if self.at_door() {
+                return Poll::Ready(Some(Stop::AtDoor));
+            }
+            if up != Turn::Again && down != Turn::Again {
+                return Poll::Ready(None);
+            }
+            ready!(self.tls.client.poll_next_turn(cx));
+        }
+    }
+
+    fn poll_sockets(&mut self, cx: &mut Context<'_>, look: Look) -> Poll<Option<Stop>> {
+        let want = self.want();
+        let ready = ready!(self.tls.client.poll_ready(cx, Some(&mut self.upstream), want, look));
+        Poll::Ready(ready.err().map(|verdict| Stop::Over(timed_out(self.up, self.down, verdict))))
     }
 }
