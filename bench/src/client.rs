@@ -5,6 +5,7 @@
 //!
 //! Whether a peer passes bytes on unchanged is checked once, by `check`, with everything decrypted.
 
+mod answer;
 mod counted;
 
 use crate::upstream;
@@ -19,15 +20,14 @@ use std::net::{SocketAddr, TcpStream};
 use std::sync::Arc;
 use std::time::Duration;
 
+pub use answer::Answer;
 pub use counted::Counted;
 
 /// A socket that does nothing for so long has failed.
-const PATIENCE: Duration = Duration::from_secs(15);
+pub const PATIENCE: Duration = Duration::from_secs(15);
 const RECORD_HEADER_BYTES: usize = 5;
 /// The longest record there is: 2^14 + 256, and its header.
 const RECORD_LIMIT_BYTES: usize = (16 << 10) + 256 + RECORD_HEADER_BYTES;
-/// What a response's head may take.
-const HEAD_LIMIT_BYTES: usize = 16 << 10;
 /// Tickets that are kept for one thread.
 const SESSIONS: usize = 64;
 
@@ -235,28 +235,28 @@ impl Session {
 
     /// Takes one answer; its body goes to `on_body`, with the position.
     pub fn answer(&mut self, mut on_body: impl FnMut(u64, &[u8])) -> Result<(u16, u64)> {
-        let mut buffer = [0; HEAD_LIMIT_BYTES];
-        let mut have = 0;
-        let (head, status, length) = loop {
-            ensure!(have < buffer.len(), "the answer's head is longer than {HEAD_LIMIT_BYTES} bytes");
-            let count = self.receive(&mut buffer[have..])?;
-            ensure!(count > 0, "the connection ended inside an answer");
-            have += count;
-            if let Some(at) = buffer[..have].windows(4).position(|four| four == b"\r\n\r\n") {
-                let (status, length) = parse_head(&buffer[..at])?;
-                break (at + 4, status, length);
-            }
-        };
-        let mut taken = (have - head) as u64;
-        on_body(0, &buffer[head..have]);
-        while taken < length {
+        let (mut answer, mut buffer) = (Answer::default(), [0; RECORD_LIMIT_BYTES]);
+        loop {
             let count = self.receive(&mut buffer)?;
-            ensure!(count > 0, "the body ended after {taken} of {length} bytes");
-            on_body(taken, &buffer[..count]);
-            taken += count as u64;
+            if let Some(whole) = answer.take(&buffer[..count], &mut on_body)? {
+                return Ok(whole);
+            }
         }
-        ensure!(taken == length, "the body is longer than it said: {taken}, not {length} bytes");
-        Ok((status, length))
+    }
+
+    /// Takes what there is of an answer, without waiting for more; gives its status when it is whole. The socket must be one
+    /// that does not block.
+    pub fn answer_so_far(&mut self, answer: &mut Answer) -> Result<Option<u16>> {
+        let mut buffer = [0; RECORD_LIMIT_BYTES];
+        loop {
+            let count = match self.receive(&mut buffer) {
+                Err(error) if is_again(&error) => return Ok(None),
+                result => result?,
+            };
+            if let Some((status, _)) = answer.take(&buffer[..count], |_, _| ())? {
+                return Ok(Some(status));
+            }
+        }
     }
 
     /// Records with these bytes, for later.
@@ -326,15 +326,8 @@ impl Session {
     }
 }
 
-fn parse_head(head: &[u8]) -> Result<(u16, u64)> {
-    let text = std::str::from_utf8(head).context("the answer's head is no text")?;
-    let status = text.split(' ').nth(1).and_then(|word| word.get(..3)?.parse().ok());
-    let status = status.with_context(|| format!("no HTTP answer: {:?}", text.lines().next().unwrap_or_default()))?;
-    let length = text.lines().find_map(|line| {
-        let (name, value) = line.split_once(':')?;
-        name.eq_ignore_ascii_case("content-length").then(|| value.trim().parse().ok())?
-    });
-    Ok((status, length.context("the answer has no Content-Length, which this client needs")?))
+fn is_again(error: &anyhow::Error) -> bool {
+    error.downcast_ref::<std::io::Error>().is_some_and(|error| error.kind() == std::io::ErrorKind::WouldBlock)
 }
 
 /// What has come and was not looked at yet.
@@ -421,16 +414,4 @@ pub fn check(target: &Target, bytes: u64) -> Result<()> {
     let (status, _) = session.exchange(&upload)?;
     ensure!(status == 200, "an upload of {bytes} bytes did not reach the upstream as it was sent: status {status}");
     session.finish()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn heads_are_read_or_refused() {
-        assert_eq!(parse_head(b"HTTP/1.1 200 OK\r\ncontent-length: 12").unwrap(), (200, 12));
-        assert!(parse_head(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked").is_err());
-        assert!(parse_head(b"garbage").is_err());
-    }
 }

@@ -7,6 +7,7 @@
 mod bulk;
 mod connections;
 mod mixed;
+mod open_loop;
 mod requests;
 mod transfers;
 mod waiting;
@@ -220,8 +221,8 @@ pub fn run(target: &Target, load: &Load, on_mark: &mut dyn FnMut(Mark) -> Result
     on_mark(Mark::Before)?;
     match load.kind {
         Kind::Handshake | Kind::Resumed | Kind::Churn => connections::run(target, load, on_mark),
-        Kind::Request => requests::closed(target, load, on_mark),
-        Kind::OpenLoop => requests::open(target, load, on_mark),
+        Kind::Request => requests::run(target, load, on_mark),
+        Kind::OpenLoop => open_loop::run(target, load, on_mark),
         Kind::Down => bulk::down(target, load, on_mark),
         Kind::Up => bulk::up(target, load, on_mark),
         Kind::Both => bulk::both(target, load, on_mark),
