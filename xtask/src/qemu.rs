@@ -41,6 +41,8 @@ pub struct Guest {
 pub struct Counted {
     pub plugin: PathBuf,
     pub marks: PathBuf,
+    /// Its clock goes by instructions, so that a run repeats; otherwise by time, and each virtual CPU has a thread.
+    pub by_instructions: bool,
 }
 
 /// How it ended.
@@ -60,8 +62,12 @@ impl Guest {
         let mut qemu = process::bound_to_us(PROGRAM);
         qemu.args(["-M", "q35"]);
         if let Some(counted) = &self.counted {
-            // Counted time makes runs repeat; without ERMS the kernel copies by instructions that can be counted.
-            qemu.args(["-accel", "tcg,thread=single", "-icount", "shift=0,sleep=off", "-cpu", "max,-erms", "-plugin"]);
+            match counted.by_instructions {
+                true => qemu.args(["-accel", "tcg,thread=single", "-icount", "shift=0,sleep=off"]),
+                false => qemu.args(["-accel", "tcg,thread=multi"]),
+            };
+            // Without ERMS the kernel copies by instructions that can be counted.
+            qemu.args(["-cpu", "max,-erms", "-plugin"]);
             let mut plugin = std::ffi::OsString::from("file=");
             plugin.push(&counted.plugin);
             plugin.push(",out=");

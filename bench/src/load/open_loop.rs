@@ -132,3 +132,28 @@ impl Connection {
         Ok(true)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::load::Kind;
+
+    #[test]
+    fn threads_share_the_moments_out() {
+        let (begin, every) = (Instant::now(), Duration::from_millis(2));
+        let of = |first| Schedule { first: Duration::from_millis(first), every };
+        let mut moments: Vec<_> = [of(0), of(1)].iter().flat_map(|s| (0..3).map(|n| s.moment(begin, n))).collect();
+        moments.sort_unstable();
+        assert_eq!(moments, (0..6).map(|ms| begin + Duration::from_millis(ms)).collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn every_moment_has_its_request_and_its_answer() {
+        let address = crate::upstream::start(([127, 0, 0, 1], 0).into()).expect("a free port");
+        let name = crate::certificate::NAME.try_into().expect("a name");
+        let target = Target { address, name, tls: None };
+        let load = Load { rate: 400.0, connections: 7, ..Load::of(Kind::OpenLoop, Duration::from_millis(1001)) };
+        let outcome = run(&target, &load, &mut |_| Ok(())).expect("answers");
+        assert_eq!((outcome.units, outcome.latency.len()), (401, 401), "from 0 s to 1 s, every 2.5 ms");
+    }
+}

@@ -112,8 +112,12 @@ impl Counts {
         let mut all = recorded(file)?;
         let mut figures = Map::new();
         for ((peer, kind), counts) in self.measured() {
-            let figure =
-                json!({"total": median(counts, |c| c.total).round(), "rest": median(counts, |c| c.rest).round()});
+            let rounds: Vec<[f64; 2]> = counts.iter().map(|c| [c.total.round(), c.rest.round()]).collect();
+            let figure = json!({
+                "total": median(counts, |c| c.total).round(),
+                "rest": median(counts, |c| c.rest).round(),
+                "rounds": rounds,
+            });
             figures.insert(format!("{peer} {kind}"), figure);
         }
         all.insert(series.into(), Value::Object(figures));
