@@ -5,6 +5,9 @@ use serde::{Deserialize, Serialize};
 use std::fs;
 use std::time::Instant;
 
+/// linux/magic.h.
+const BPF_FS_MAGIC: rustix::fs::FsWord = 0xcafe_4a11;
+
 /// What a result has to say about where it comes from.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct Machine {
@@ -14,6 +17,9 @@ pub struct Machine {
     pub kernel: String,
     /// Whether this kernel has TLS.
     pub kernel_tls: bool,
+    /// Whether a bpf file system is there, without which tlsplice does not count in the kernel.
+    #[serde(default)]
+    pub bpf_file_system: bool,
     /// The load averages of a minute, before and after. What the machine did beside the measurement is in them too.
     pub load_before: f64,
     pub load_after: f64,
@@ -33,6 +39,7 @@ impl Machine {
             memory_mib: memory.trim_end_matches(" kB").parse::<u64>().unwrap_or(0) >> 10,
             kernel: text("/proc/sys/kernel/osrelease").trim().to_owned(),
             kernel_tls: text("/proc/sys/net/ipv4/tcp_available_ulp").split_whitespace().any(|name| name == "tls"),
+            bpf_file_system: rustix::fs::statfs("/sys/fs/bpf").is_ok_and(|fs| fs.f_type == BPF_FS_MAGIC),
             load_before: load(),
             load_after: 0.0,
         }
