@@ -83,13 +83,13 @@ fn summary(run: &Run) -> String {
             };
             let _ = write!(
                 rows,
-                "<tr><td>{}<td>{ours}<td>{}<td>{}<td>{}<td>{}<td class={class:?}>{ratio:.2}×<td>{low:.2} to {high:.2}<td>{}",
+                "<tr><td>{}<td>{ours}<td class={class:?}>{ratio:.2}×<td>{}<td>{low:.2} to {high:.2}<td>{}<td>{}<td>{}<td>{}",
                 kind.name(),
+                aim(kind).map_or_else(String::new, |aim| format!("{aim:.1}×")),
                 value(ours),
                 value(&best.peer),
-                escaped(figure.unit(kind)),
                 best.peer,
-                aim(kind).map_or_else(String::new, |aim| format!("{aim:.1}×")),
+                escaped(figure.unit(kind)),
             );
         }
     }
@@ -98,8 +98,8 @@ fn summary(run: &Run) -> String {
     }
     format!(
         "<h2>Against the best peer of each row</h2><p class=soft>Medians of the rounds; the factor is taken round by round, with \
-         its least and greatest. Above 1 tlsplice is better.</p><div class=scroll><table><tr><th>work<th>tlsplice as<th>it\
-         <th>best peer<th>unit<th>which<th>factor<th>spread<th>aim{rows}</table></div>"
+         its least and greatest. Above 1 tlsplice is better.</p><div class=scroll><table><tr><th>work<th>tlsplice as<th>factor\
+         <th>aim<th>spread<th>it<th>best peer<th>which<th>unit{rows}</table></div>"
     )
 }
 
