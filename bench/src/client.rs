@@ -227,10 +227,16 @@ impl Session {
         }
     }
 
-    /// Sends a request and takes the whole answer; gives the status and the body's length.
-    pub fn exchange(&mut self, request: &[u8]) -> Result<(u16, u64)> {
+    /// Sends a request and takes the whole answer, which must not be a refusal.
+    pub fn exchange(&mut self, request: &[u8]) -> Result<()> {
         self.send(request)?;
-        self.answer(|_, _| ())
+        self.accepted()
+    }
+
+    /// Takes one answer, which must not be a refusal.
+    pub fn accepted(&mut self) -> Result<()> {
+        let (status, _) = self.answer(|_, _| ())?;
+        is_no_refusal(status)
     }
 
     /// Takes one answer; its body goes to `on_body`, with the position.
@@ -244,17 +250,17 @@ impl Session {
         }
     }
 
-    /// Takes what there is of an answer, without waiting for more; gives its status when it is whole. The socket must be one
-    /// that does not block.
-    pub fn answer_so_far(&mut self, answer: &mut Answer) -> Result<Option<u16>> {
+    /// Takes what there is of an answer, without waiting for more; true when it is whole. It must not be a refusal, and the
+    /// socket one that does not block.
+    pub fn accepted_so_far(&mut self, answer: &mut Answer) -> Result<bool> {
         let mut buffer = [0; RECORD_LIMIT_BYTES];
         loop {
             let count = match self.receive(&mut buffer) {
-                Err(error) if is_again(&error) => return Ok(None),
+                Err(error) if is_again(&error) => return Ok(false),
                 result => result?,
             };
             if let Some((status, _)) = answer.take(&buffer[..count], |_, _| ())? {
-                return Ok(Some(status));
+                return is_no_refusal(status).map(|()| true);
             }
         }
     }
@@ -324,6 +330,11 @@ impl Session {
             }
         }
     }
+}
+
+fn is_no_refusal(status: u16) -> Result<()> {
+    ensure!(status < 400, "the answer's status is {status}");
+    Ok(())
 }
 
 fn is_again(error: &anyhow::Error) -> bool {
@@ -411,7 +422,8 @@ pub fn check(target: &Target, bytes: u64) -> Result<()> {
     }
     let mut upload = post("/checked", bytes);
     upload.extend(upstream::pattern(0, usize::try_from(bytes)?));
-    let (status, _) = session.exchange(&upload)?;
+    session.send(&upload)?;
+    let (status, _) = session.answer(|_, _| ())?;
     ensure!(status == 200, "an upload of {bytes} bytes did not reach the upstream as it was sent: status {status}");
     session.finish()
 }

@@ -26,15 +26,15 @@ use std::process::Command;
 use std::time::Duration;
 
 /// Measured unless others are named: our ways, and the peers that relay the same.
-const PEERS: &str = "tlsplice,tlsplice-kernel,tlsplice-inline,tlsplice-ring,tlsplice-userspace,nginx-stream-ktls,nginx-stream,nginx-http-ktls,\
-    nginx-http,haproxy-tcp";
+const PEERS: &str = "tlsplice,tlsplice-kernel,tlsplice-inline,tlsplice-ring,tlsplice-userspace,nginx-stream-ktls,nginx-stream,\
+    nginx-http-ktls,nginx-http,haproxy-tcp";
 const KINDS: &str = "handshake,request,down,up";
 /// The cost curve's ways, and its sizes: instructions hardly scatter, so few do.
 const CURVE_PEERS: &str = "tlsplice-userspace,tlsplice-kernel";
 const CURVE_KIB: &str = "4,64,256,1024,4096";
 /// Its guests hang when their clock goes by instructions.
 const HANGS_BY_INSTRUCTIONS: &str = "6.1";
-/// Where the clock goes by time, a measurement takes so many times as long: a guest then does a tenth in a second.
+/// Where the clock goes by time, a measurement takes so many times as long: in a second a guest does less then.
 const BY_TIME_FACTOR: f64 = 5.0;
 /// Where the peers lie in the guest.
 const PEERS_ROOT: &str = "/peers";
@@ -42,7 +42,8 @@ const PEERS_ROOT: &str = "/peers";
 /// Count instructions per unit of work on the proxy's own CPU, in guests.
 #[derive(Args, Clone, Debug)]
 pub struct Options {
-    /// A series such as 6.12, "newest", or "all". 6.1 hangs when its clock goes by instructions: its figures scatter, and are not checked.
+    /// A series such as 6.12, "newest", or "all". 6.1 hangs when its clock goes by instructions: its figures scatter, and are
+    /// not checked.
     #[arg(long, default_value = "newest", value_parser = Choice::parse)]
     kernel: Choice,
     /// Names of peers, with commas.

@@ -6,7 +6,7 @@
 
 use super::{Count, Load, Mark, Outcome, drive};
 use crate::client::{Session, Sessions, Target, get};
-use anyhow::{Result, ensure};
+use anyhow::Result;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
@@ -19,15 +19,10 @@ const STRIDE: u64 = 7;
 
 pub fn run(target: &Target, load: &Load, on_mark: &mut dyn FnMut(Mark) -> Result<()>) -> Result<Outcome> {
     let (small, large) = (load.request(), get(LARGE_BYTES));
-    let exchange = |session: &mut Session, request: &[u8]| -> Result<()> {
-        let (status, _) = session.exchange(request)?;
-        ensure!(status < 400, "the answer's status is {status}");
-        Ok(())
-    };
     let tens = AtomicU64::new(0);
     let prepare = |_: usize| {
         let config = target.config(Sessions::Fresh)?;
-        exchange(&mut Session::open(target, config.as_ref())?, &small)?;
+        Session::open(target, config.as_ref())?.exchange(&small)?;
         Ok(config)
     };
     drive(load.connections, load.duration, on_mark, prepare, |config, window| {
@@ -38,7 +33,7 @@ pub fn run(target: &Target, load: &Load, on_mark: &mut dyn FnMut(Mark) -> Result
                 let mut session = Session::open(target, config.as_ref())?;
                 for _ in 0..requests {
                     let since = Instant::now();
-                    exchange(&mut session, if until_large == 0 { &large } else { &small })?;
+                    session.exchange(if until_large == 0 { &large } else { &small })?;
                     until_large = until_large.wrapping_sub(1);
                     count.took(since);
                     count.units += 1;

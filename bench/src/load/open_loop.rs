@@ -7,7 +7,7 @@
 
 use super::requests::open_session;
 use super::{Count, Load, Mark, Outcome, Window, drive};
-use crate::client::{Answer, PATIENCE, Session, Target};
+use crate::client::{Answer, PATIENCE, Session, Sessions, Target};
 use anyhow::{Context, Result, ensure};
 use rustix::buffer::spare_capacity;
 use rustix::event::{Timespec, epoll};
@@ -23,26 +23,26 @@ pub fn run(target: &Target, load: &Load, on_mark: &mut dyn FnMut(Mark) -> Result
     ensure!(load.rate > 0.0, "an open loop takes a rate above 0");
     let request = load.request();
     let threads = std::thread::available_parallelism().map_or(1, usize::from).min(load.connections);
-    let prepare = |index: usize| {
+    let prepare = |thread: usize| {
         // By default the kernel may be 50 µs late.
         let _ = rustix::thread::set_current_timer_slack(NonZeroU64::new(1));
-        let count = (index..load.connections).step_by(threads).count();
-        let every = Duration::from_secs_f64(threads as f64 / load.rate);
-        Loop::open(target, &request, count, Schedule { first: every.mul_f64(index as f64 / threads as f64), every })
+        let count = (thread..load.connections).step_by(threads).count();
+        Loop::open(target, &request, count, Schedule { thread, threads, rate: load.rate })
     };
     drive(threads, load.duration, on_mark, prepare, |state, window| state.work(&request, window, load.duration))
 }
 
-/// The moments of one thread.
+/// The moments of one thread: one of `threads` in turn.
 #[derive(Clone, Copy)]
 struct Schedule {
-    first: Duration,
-    every: Duration,
+    thread: usize,
+    threads: usize,
+    rate: f64,
 }
 
 impl Schedule {
-    fn moment(self, begin: Instant, number: u64) -> Instant {
-        begin + self.first + Duration::from_secs_f64(self.every.as_secs_f64() * number as f64)
+    fn moment(self, begin: Instant, number: usize) -> Instant {
+        begin + Duration::from_secs_f64((self.thread + number * self.threads) as f64 / self.rate)
     }
 }
 
@@ -64,9 +64,10 @@ struct Connection {
 impl Loop {
     fn open(target: &Target, request: &[u8], count: usize, schedule: Schedule) -> Result<Self> {
         let epoll = epoll::create(epoll::CreateFlags::CLOEXEC).context("epoll")?;
+        let config = target.config(Sessions::Fresh)?;
         let mut connections = Vec::with_capacity(count);
         for index in 0..count {
-            let session = open_session(target, request)?;
+            let session = open_session(target, config.as_ref(), request)?;
             session.socket().set_nonblocking(true)?;
             let data = epoll::EventData::new_u64(index as u64);
             epoll::add(&epoll, session.socket(), data, epoll::EventFlags::IN).context("wait for a connection")?;
@@ -81,13 +82,13 @@ impl Loop {
         let mut number = 0;
         let mut events = Vec::with_capacity(EVENTS);
         loop {
-            let due = self.schedule.moment(window.begin, number);
-            let is_over = due >= window.end || Instant::now() > window.end + grace;
+            let (now, due) = (Instant::now(), self.schedule.moment(window.begin, number));
+            let is_over = due >= window.end || now > window.end + grace;
             if is_over && self.free.len() == self.connections.len() {
                 return Ok(count);
             }
             if !is_over
-                && due <= Instant::now()
+                && due <= now
                 && let Some(index) = self.free.pop_front()
             {
                 let connection = &mut self.connections[index];
@@ -96,15 +97,14 @@ impl Loop {
                 number += 1;
                 continue;
             }
-            let until_due = due.saturating_duration_since(Instant::now());
-            let timeout = if is_over || self.free.is_empty() { PATIENCE } else { until_due };
+            let only_answers = is_over || self.free.is_empty();
+            let timeout = if only_answers { PATIENCE } else { due.saturating_duration_since(now) };
             let timeout = Timespec::try_from(timeout).context("a wait's length")?;
             match epoll::wait(&self.epoll, spare_capacity(&mut events), Some(&timeout)) {
                 Err(rustix::io::Errno::INTR) => continue,
                 result => result.context("wait for answers")?,
             };
-            let silent = events.is_empty() && (is_over || self.free.is_empty());
-            ensure!(!silent, "no answer for {} s", PATIENCE.as_secs());
+            ensure!(!only_answers || !events.is_empty(), "no answer for {} s", PATIENCE.as_secs());
             for event in events.drain(..) {
                 let index = usize::try_from(event.data.u64())?;
                 if self.connections[index].answered(&mut count)? {
@@ -120,12 +120,13 @@ impl Connection {
     fn answered(&mut self, count: &mut Count) -> Result<bool> {
         let Some((due, answer)) = &mut self.asked else {
             // Between requests TLS itself may have something to say.
-            let unasked = self.session.answer_so_far(&mut Answer::default())?;
-            ensure!(unasked.is_none(), "an answer came that nobody asked for");
+            let unasked = self.session.accepted_so_far(&mut Answer::default())?;
+            ensure!(!unasked, "an answer came that nobody asked for");
             return Ok(false);
         };
-        let Some(status) = self.session.answer_so_far(answer)? else { return Ok(false) };
-        ensure!(status < 400, "the answer's status is {status}");
+        if !self.session.accepted_so_far(answer)? {
+            return Ok(false);
+        }
         count.took(*due);
         count.units += 1;
         self.asked = None;
@@ -140,8 +141,8 @@ mod tests {
 
     #[test]
     fn threads_share_the_moments_out() {
-        let (begin, every) = (Instant::now(), Duration::from_millis(2));
-        let of = |first| Schedule { first: Duration::from_millis(first), every };
+        let begin = Instant::now();
+        let of = |thread| Schedule { thread, threads: 2, rate: 1000.0 };
         let mut moments: Vec<_> = [of(0), of(1)].iter().flat_map(|s| (0..3).map(|n| s.moment(begin, n))).collect();
         moments.sort_unstable();
         assert_eq!(moments, (0..6).map(|ms| begin + Duration::from_millis(ms)).collect::<Vec<_>>());

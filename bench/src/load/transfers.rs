@@ -7,7 +7,7 @@ use super::bulk::{SCRATCH_BYTES, seal_upload};
 use super::{Count, Kind, Load, Mark, Outcome, drive};
 use crate::client::{Session, Sessions, Target, get};
 use crate::upstream;
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use std::time::Instant;
 
 pub fn run(target: &Target, load: &Load, on_mark: &mut dyn FnMut(Mark) -> Result<()>) -> Result<Outcome> {
@@ -56,8 +56,7 @@ fn store(mut session: Session, load: &Load) -> Result<()> {
     let path = load.path.as_deref().unwrap_or("/");
     let records = seal_upload(&mut session, path, load.transfer_bytes)?;
     session.send_sealed(&records)?;
-    let (status, _) = session.answer(|_, _| ())?;
-    ensure!(status < 400, "the upload's status is {status}");
+    session.accepted()?;
     session.finish()?;
     session.wait_for_end()
 }

@@ -87,7 +87,7 @@ static SHA384: Over<Sha384, hmac::Hmac<Sha384>> = Over(HashAlgorithm::SHA384, Ph
 static HKDF_SHA256: HkdfUsingHmac<'_> = HkdfUsingHmac(&SHA256);
 static HKDF_SHA384: HkdfUsingHmac<'_> = HkdfUsingHmac(&SHA384);
 
-/// The suites of TLS 1.3 with this HKDF.
+/// The suites of TLS 1.3 with this hash and HKDF.
 static SUITES: LazyLock<Vec<Tls13CipherSuite>> = LazyLock::new(|| {
     let all = rustls::crypto::aws_lc_rs::ALL_CIPHER_SUITES.iter().filter_map(SupportedCipherSuite::tls13);
     let ours = all.map(|suite| {
@@ -101,7 +101,7 @@ static SUITES: LazyLock<Vec<Tls13CipherSuite>> = LazyLock::new(|| {
     ours.collect()
 });
 
-/// The same suite, whose secrets are derived here if it is one of TLS 1.3.
+/// The same suite; what one of TLS 1.3 hashes and derives is hashed and derived here.
 pub fn prepared(suite: SupportedCipherSuite) -> SupportedCipherSuite {
     if cfg!(feature = "fips") {
         return suite;
