@@ -189,6 +189,13 @@ pub enum Turn {
     Again,
 }
 
+impl Turn {
+    /// What both directions did, taken together.
+    pub fn or(self, other: Self) -> Self {
+        if self == Self::Again { self } else { other }
+    }
+}
+
 /// The ends of both directions taken together: `Some` when the relay is over.
 pub fn over(up: Up, down: Down) -> Option<Ended> {
     match (up, down) {

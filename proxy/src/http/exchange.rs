@@ -229,28 +229,18 @@ impl Turns for Exchange {
         self.up.is_in_flight() || self.near.downstream.is_in_flight()
     }
 
-    fn poll_turns(&mut self, cx: &mut Context<'_>) -> Poll<Option<Outcome>> {
+    fn turns(&mut self, cx: &mut Context<'_>) -> Result<Turn, Outcome> {
         let worker = self.near.downstream.client().worker.clone();
-        loop {
-            let turns = {
-                let mut scratch = worker.scratch.borrow_mut();
-                self.turn_up(cx, &mut scratch).and_then(|up| Ok((up, self.turn_down(cx, &mut scratch)?)))
-            };
-            let (up, down) = match turns {
-                Ok(turns) => turns,
-                Err(outcome) => return Poll::Ready(Some(outcome)),
-            };
-            if let Some(outcome) = self.outcome() {
-                return Poll::Ready(Some(outcome));
-            }
-            if self.near.is_at_door() {
-                return Poll::Ready(Some(Outcome::AtDoor));
-            }
-            if up != Turn::Again && down != Turn::Again {
-                return Poll::Ready(None);
-            }
-            ready!(self.near.downstream.client_mut().poll_next_turn(cx));
+        let mut scratch = worker.scratch.borrow_mut();
+        let turn = self.turn_up(cx, &mut scratch)?.or(self.turn_down(cx, &mut scratch)?);
+        if let Some(outcome) = self.outcome() {
+            return Err(outcome);
         }
+        if self.near.is_at_door() { Err(Outcome::AtDoor) } else { Ok(turn) }
+    }
+
+    fn poll_next_turn(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        self.near.downstream.client_mut().poll_next_turn(cx)
     }
 
     fn poll_sockets(&mut self, cx: &mut Context<'_>, look: Look) -> Poll<Option<Outcome>> {

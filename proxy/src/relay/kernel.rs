@@ -258,21 +258,13 @@ impl Turns for Kernel {
         self.up_flow.is_in_flight() || self.down_flow.is_in_flight()
     }
 
-    fn poll_turns(&mut self, cx: &mut Context<'_>) -> Poll<Option<Ended>> {
-        loop {
-            let turns = self.turn_up(cx).and_then(|up| Ok((up, self.turn_down(cx)?)));
-            let (up, down) = match turns {
-                Ok(turns) => turns,
-                Err(ended) => return Poll::Ready(Some(ended)),
-            };
-            if let Some(ended) = self.over() {
-                return Poll::Ready(Some(ended));
-            }
-            if up != Turn::Again && down != Turn::Again {
-                return Poll::Ready(None);
-            }
-            ready!(self.tls.client.poll_next_turn(cx));
-        }
+    fn turns(&mut self, cx: &mut Context<'_>) -> Result<Turn, Ended> {
+        let turn = self.turn_up(cx)?.or(self.turn_down(cx)?);
+        self.over().map_or(Ok(turn), Err)
+    }
+
+    fn poll_next_turn(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        self.tls.client.poll_next_turn(cx)
     }
 
     fn poll_sockets(&mut self, cx: &mut Context<'_>, look: Look) -> Poll<Option<Ended>> {

@@ -5,6 +5,7 @@
 //! Until something has come the directions have nothing to do, so a poll begins with the wait that the last one ended in. It
 //! looks at all that is armed once; whoever comes to wait again in the same poll looks at what was armed since.
 
+use super::Turn;
 use crate::ring::Look;
 use std::future::Future;
 use std::pin::Pin;
@@ -17,8 +18,11 @@ pub trait Turns {
     /// A splice runs on the ring: its end wakes a direction, and no socket tells of it.
     fn is_in_flight(&self) -> bool;
 
-    /// Both directions have their turns until they wait (`None`) or all is over.
-    fn poll_turns(&mut self, cx: &mut Context<'_>) -> Poll<Option<Self::End>>;
+    /// Both directions have their turn; `Err` is the end.
+    fn turns(&mut self, cx: &mut Context<'_>) -> Result<Turn, Self::End>;
+
+    /// Waits for the connection's next turn.
+    fn poll_next_turn(&mut self, cx: &mut Context<'_>) -> Poll<()>;
 
     /// Waits until a direction may go on (`None`) or time is up.
     fn poll_sockets(&mut self, cx: &mut Context<'_>, look: Look) -> Poll<Option<Self::End>>;
@@ -43,10 +47,12 @@ impl<T: Turns> Future for InTurns<'_, T> {
         let mut look = Look::All;
         let mut goes_on = std::mem::take(waits) && !of.is_in_flight();
         loop {
-            if !std::mem::take(&mut goes_on)
-                && let Some(end) = ready!(of.poll_turns(cx))
-            {
-                return Poll::Ready(end);
+            while !std::mem::take(&mut goes_on) {
+                match of.turns(cx) {
+                    Ok(Turn::Wait) => break,
+                    Ok(Turn::Again) => ready!(of.poll_next_turn(cx)),
+                    Err(end) => return Poll::Ready(end),
+                }
             }
             match of.poll_sockets(cx, look) {
                 Poll::Ready(None) => look = Look::New,

@@ -223,27 +223,19 @@ impl Turns for Userspace {
         false
     }
 
-    fn poll_turns(&mut self, cx: &mut Context<'_>) -> Poll<Option<Stop>> {
+    fn turns(&mut self, _: &mut Context<'_>) -> Result<Turn, Stop> {
         let worker = self.tls.client.worker.clone();
-        loop {
-            let mut scratch = worker.scratch.borrow_mut();
-            let turns = self.turn_up(&mut scratch).and_then(|up| Ok((up, self.turn_down(&mut scratch)?)));
-            drop(scratch);
-            let (up, down) = match turns {
-                Ok(turns) => turns,
-                Err(ended) => return Poll::Ready(Some(Stop::Over(ended))),
-            };
-            if let Some(ended) = self.over() {
-                return Poll::Ready(Some(Stop::Over(ended)));
-            }
-            if self.at_door() {
-                return Poll::Ready(Some(Stop::AtDoor));
-            }
-            if up != Turn::Again && down != Turn::Again {
-                return Poll::Ready(None);
-            }
-            ready!(self.tls.client.poll_next_turn(cx));
+        let mut scratch = worker.scratch.borrow_mut();
+        let up = self.turn_up(&mut scratch).map_err(Stop::Over)?;
+        let turn = up.or(self.turn_down(&mut scratch).map_err(Stop::Over)?);
+        if let Some(ended) = self.over() {
+            return Err(Stop::Over(ended));
         }
+        if self.at_door() { Err(Stop::AtDoor) } else { Ok(turn) }
+    }
+
+    fn poll_next_turn(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        self.tls.client.poll_next_turn(cx)
     }
 
     fn poll_sockets(&mut self, cx: &mut Context<'_>, look: Look) -> Poll<Option<Stop>> {
