@@ -172,7 +172,7 @@ async fn shake_hands(client: Box<Client>, about: &About) -> Option<(UserTls, Doo
     };
     let exact = offload::is_immediate(listener, tls, &worker.kernel);
     watch.allow(limits.handshake_timeout);
-    let Handshaken { session, leftover } = match handshake(&mut client, &watch, session, exact).await {
+    let Handshaken { session, leftover, tickets } = match handshake(&mut client, &watch, session, exact).await {
         Ok(done) => done,
         Err(failure) => {
             about.report(failure.how, "handshake", &failure.reason);
@@ -208,7 +208,7 @@ async fn shake_hands(client: Box<Client>, about: &About) -> Option<(UserTls, Doo
     watch.allow(limits.idle_timeout);
     let client = Client::new(client, watch, worker, share, identity);
     client.is(facts, place);
-    Some((UserTls::new(client, keys, leftover), door))
+    Some((UserTls::new(client, keys, leftover, tickets), door))
 }
 
 /// Mode tcp: one upstream for the whole connection. `None`: the connection has ended there.

@@ -3,7 +3,8 @@
 //!   Accepted ─▶ read records ─▶ rustls ─▶ write ─▶ … ─▶ Handshaken (session, and what the client sent behind it)
 //!
 //! If the connection goes to the kernel at once, every read is exact, so that what lies behind Finished stays in the
-//! socket for the kernel. Otherwise reads are large, and what is left over goes to the userspace relay.
+//! socket for the kernel. Otherwise reads are large, and what is left over goes to the userspace relay; it has an answer to
+//! come, and the tickets go with that: a send and a wake-up less for each connection.
 
 use crate::close::writable;
 use crate::observe::alerts::Alert;
@@ -27,6 +28,8 @@ pub struct Handshaken {
     pub session: Session,
     /// Ciphertext that came behind the handshake.
     pub leftover: Vec<u8>,
+    /// Tickets that have not been sent: the client has asked something already, and they go with the answer.
+    pub tickets: Spare,
 }
 
 /// A handshake that did not come to its end.
@@ -53,7 +56,7 @@ pub async fn handshake(client: &mut Sock, watch: &Watch, session: Session, exact
         if state.session.is_established() {
             // The connection keeps it, and most have nothing in it.
             state.wire.shrink_to_fit();
-            return Ok(Handshaken { session: state.session, leftover: state.wire });
+            return Ok(Handshaken { session: state.session, leftover: state.wire, tickets: state.out });
         }
     }
 }
@@ -109,6 +112,9 @@ impl State {
         if let Some(error) = fed.error {
             let told = Alert::of(&error, &out);
             return Err(Failure { told, ..self.failed(End::HandshakeFailed, error.to_string()) });
+        }
+        if self.session.sends_only_tickets() && !self.wire.is_empty() {
+            return Ok(());
         }
         loop {
             match self.out.flush(client) {

@@ -14,7 +14,7 @@ use crate::tls::resolver;
 use crate::tls::traffic::{self, Traffic};
 use rustls::server::{ServerConnectionData, UnbufferedServerConnection};
 use rustls::unbuffered::{ConnectionState, EncodeError, EncodeTlsData, UnbufferedStatus};
-use rustls::{Error, ExtractedSecrets, HandshakeKind, SupportedCipherSuite};
+use rustls::{Error, ExtractedSecrets, HandshakeKind, ProtocolVersion, SupportedCipherSuite};
 
 /// See the module.
 pub struct Session {
@@ -59,6 +59,12 @@ impl Session {
     /// The handshake is complete, both Finished are in.
     pub fn is_established(&self) -> bool {
         self.established
+    }
+
+    /// It is complete, and what is left to send is nothing that the client waits for: NewSessionTicket (RFC 8446 section
+    /// 4.6.1). In TLS 1.2 our Finished comes last.
+    pub fn sends_only_tickets(&self) -> bool {
+        self.established && self.tls.protocol_version() == Some(ProtocolVersion::TLSv1_3)
     }
 
     /// What came of the handshake, for those who count.

@@ -48,6 +48,15 @@ impl Spare {
         }
     }
 
+    /// Takes over what another has, behind what is there.
+    pub fn append(&mut self, other: &mut Self) {
+        match (&self.0, other.0.take()) {
+            (None, taken) => self.0 = taken,
+            (Some(_), Some(taken)) => self.push(&taken.bytes[taken.at..]),
+            (Some(_), None) => {}
+        }
+    }
+
     pub fn clear(&mut self) {
         self.0 = None;
     }
@@ -143,6 +152,13 @@ mod tests {
         other.push(&[2; 50]);
         one.push(&[3; 10]);
         assert_eq!((kept_bytes(), one.len()), (160, 110));
+        let (mut third, mut fourth) = (Spare::default(), Spare::default());
+        third.push(&[4; 5]);
+        fourth.append(&mut third);
+        one.append(&mut third);
+        assert_eq!((kept_bytes(), one.len(), third.is_empty(), fourth.len()), (165, 110, true, 5));
+        one.append(&mut fourth);
+        assert_eq!((kept_bytes(), one.len(), fourth.is_empty()), (165, 115, true));
         one.clear();
         assert_eq!(kept_bytes(), 50);
         drop(other);

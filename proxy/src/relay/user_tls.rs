@@ -36,6 +36,8 @@ pub struct UserTls {
     unopened: bool,
     /// Ciphertext for the client that it did not take yet.
     pub to_client: Spare,
+    /// The handshake's last records, which wait for the next one to go with it.
+    tickets: Spare,
     /// The upstream has much to say: how much the client's queue takes is asked before it is read.
     flows: bool,
     short_reads: ShortReads,
@@ -87,14 +89,15 @@ pub enum Sealed {
 }
 
 impl UserTls {
-    /// `leftover` is ciphertext that came behind the handshake.
-    pub fn new(client: Client, keys: UserKeys, leftover: Vec<u8>) -> Self {
+    /// `leftover` is ciphertext that came behind the handshake, `tickets` what it has left to send.
+    pub fn new(client: Client, keys: UserKeys, leftover: Vec<u8>, tickets: Spare) -> Self {
         Self {
             client,
             keys,
             unopened: !leftover.is_empty(),
             leftover,
             to_client: Spare::default(),
+            tickets,
             flows: false,
             short_reads: ShortReads::default(),
             reach_down: Reach::default(),
@@ -108,7 +111,7 @@ impl UserTls {
 
     /// Nothing of the stream is in userspace, either way: the kernel may go on from here.
     pub fn is_at_boundary(&self) -> bool {
-        self.leftover.is_empty() && self.to_client.is_empty() && !self.reply_owed
+        self.leftover.is_empty() && self.to_client.is_empty() && self.tickets.is_empty() && !self.reply_owed
     }
 
     /// There may be something to receive without waiting.
@@ -141,6 +144,7 @@ impl UserTls {
             Ok(n) => {
                 self.client.sock.readable = n == max;
                 self.leftover.clear();
+                self.send_tickets()?;
                 Ok(Some(self.open(scratch, kept + n)))
             }
             Err(e) if socket::is_again(&e) => {
@@ -295,7 +299,17 @@ impl UserTls {
         let head = self.keys.tx.head_bytes();
         slot[head..head + body.len()].copy_from_slice(body);
         let len = self.keys.tx.seal(kind, &mut slot, body.len());
+        self.to_client.append(&mut self.tickets);
         self.to_client.push(&slot[..len]);
+    }
+
+    /// The client has more to say before it gets an answer: it may be long in coming.
+    fn send_tickets(&mut self) -> Result<(), Ended> {
+        if self.tickets.is_empty() {
+            return Ok(());
+        }
+        self.to_client.append(&mut self.tickets);
+        self.flush().map(drop).map_err(gone)
     }
 
     /// The FIN is to follow it at once, and may be in the same segment.
@@ -388,14 +402,25 @@ impl UserTls {
         if plain >= PLAIN_BYTES {
             self.client.sock.limit_room();
         }
-        let gone = |_| Ended::abort(End::ClientReset);
-        self.to_client.send(&mut self.client.sock, &slots[..sealed]).map_err(gone)?;
+        let sealed = &slots[..sealed];
+        if self.tickets.is_empty() {
+            self.to_client.send(&mut self.client.sock, sealed).map_err(gone)?;
+        } else {
+            // The first records of a connection, 64 KiB at most: together in one send.
+            self.to_client.append(&mut self.tickets);
+            self.to_client.push(sealed);
+            self.flush().map_err(gone)?;
+        }
         self.storm.sent_data(plain);
         self.client.watch.touch();
         self.client.moved_down += plain as u64;
         self.client.worker.counters.down_copied.add(plain as u64);
         Ok(())
     }
+}
+
+fn gone(_: std::io::Error) -> Ended {
+    Ended::abort(End::ClientReset)
 }
 
 /// Adds a record's plaintext to the pieces: a short one is moved to the end of the piece before it.

@@ -1,19 +1,22 @@
 //! Tickets: one node's is resumed by another through rotations, by a fleet that loses its leader, and through the door.
 
 use crate::client::How;
-use crate::client::handshake::{Offer, SUITES, Suite, TLS12_AES_128, TLS13_AES_256, prepare};
+use crate::client::handshake::{Offer, Prepared, SUITES, Suite, TLS12_AES_128, TLS13_AES_256, prepare};
 use crate::environment::{Environment, Relay};
 use crate::exchange::{self, Plan, Setup};
+use crate::pattern::Pattern;
 use crate::run::{Context, Test};
 use crate::upstream::{Kind, Upstream, exchange as serve};
 use anyhow::{Context as _, Result, ensure};
 use rustix::process::Signal;
+use std::io::ErrorKind;
 use std::thread;
 use std::time::{Duration, Instant};
 
 pub fn tests(env: &Environment) -> Vec<Test> {
     let mut tests =
         Test::one_relay(env, "resumed_connections_lose_nothing_on_either_side_of_the_door", through_the_door);
+    tests.extend(Test::one_relay(env, "tickets_wait_for_the_first_answer_and_for_nothing_else", beside_an_answer));
     if !env.is_guest() {
         tests.push(Test::new(env, "a_ticket_of_one_process_is_resumed_by_another_through_rotations", fleet));
     }
@@ -47,6 +50,64 @@ fn through_the_door(ctx: &Context, relay: Relay) -> Result<()> {
     let counted = metrics.sum("tlsplice_handshakes_total", &[("resumed", "yes")]);
     ensure!(counted == resumed && resumed > 0, "{resumed} resumed, {counted} counted");
     ctx.note(&format!("{resumed} resumed connections, {} through the door", metrics.offloaded()));
+    setup.finish(ctx).map(drop)
+}
+
+/// Those of one handshake are in one record.
+const TICKET_RECORDS: u64 = 1;
+
+/// What makes the tickets go out that were held for an answer.
+#[derive(Debug, Clone, Copy)]
+enum Next {
+    Answer,
+    /// The client says more.
+    More,
+    /// The upstream has nothing to say.
+    End,
+}
+
+/// A client that asks with its Finished gets them with the answer, unless the kernel has its keys by then; any other gets
+/// them at once.
+fn beside_an_answer(ctx: &Context, relay: Relay) -> Result<()> {
+    let setup = Setup::manual(ctx, relay, &[0, 16_384])?;
+    let offer = Offer::new(ctx, TLS13_AES_256)?;
+    for listener in 0..2 {
+        let address = setup.proxy.address(listener);
+        let silent = prepare(ctx, address, &offer)?.complete()?;
+        ensure!(silent.socket().peek(&mut [0])? > 0, "listener {listener}: no ticket for a client that waits");
+        drop(silent);
+        setup.upstream.accept()?;
+        for next in [Next::Answer, Next::More, Next::End] {
+            let what = || format!("listener {listener}, {next:?}");
+            let Prepared { mut client, last_flight, .. } = prepare(ctx, address, &offer)?;
+            let mut bytes = last_flight;
+            client.tx.seal_data(&mut bytes, b"question", 0)?;
+            client.tx.write(&bytes)?;
+            let upstream = setup.upstream.accept()?;
+            let mut asked = [0; 8];
+            upstream.read_exactly(&mut asked)?;
+            ensure!(asked == *b"question", "{}: {asked:?}", what());
+            client.socket().set_nonblocking(true)?;
+            let held = client.socket().peek(&mut [0]).is_err_and(|e| e.kind() == ErrorKind::WouldBlock);
+            client.socket().set_nonblocking(false)?;
+            ensure!(held == (listener == 1 || relay == Relay::Userspace), "{}: held back: {held}", what());
+            let answer = match next {
+                Next::Answer => 70,
+                Next::More => {
+                    client.tx.data(b" answered")?;
+                    ensure!(client.socket().peek(&mut [0])? > 0, "{}: no ticket before the answer", what());
+                    70
+                }
+                Next::End => 0,
+            };
+            upstream.send(Pattern::down().at(0, answer))?;
+            upstream.fin()?;
+            let ended = client.rx.drain(Some(Pattern::down())).with_context(what)?;
+            ensure!((ended.bytes, ended.how) == (answer as u64, How::CloseNotify), "{}: {ended:?}", what());
+            ensure!(client.rx.tickets == TICKET_RECORDS, "{}: {} records of tickets", what(), client.rx.tickets);
+            client.finish()?;
+        }
+    }
     setup.finish(ctx).map(drop)
 }
 
