@@ -169,6 +169,11 @@ impl Upstream {
         Self::start(env, kind, Mode::Handle(Arc::new(handler)))
     }
 
+    /// Each connection is closed at once: for tests of what comes before.
+    pub fn closing(env: &Environment) -> Result<Self> {
+        Self::serve(env, Kind::V4, |_| Ok(Served { up: 0, down: 0, end: PeerEnd::Fin }))
+    }
+
     /// Each connection is handed to the test, by `accept`.
     pub fn manual(env: &Environment, kind: Kind) -> Result<Self> {
         Self::start(env, kind, Mode::HandOver)

@@ -4,7 +4,7 @@ use crate::authority::{Authority, Issued, Leaf};
 use crate::environment::{Environment, Kernel};
 use crate::exchange::Setup;
 use crate::run::{Context, Test};
-use crate::upstream::{Kind, PeerEnd, Served, Upstream};
+use crate::upstream::Upstream;
 use anyhow::{Context as _, Result, ensure};
 use rustls::pki_types::pem::PemObject as _;
 use rustls::pki_types::{CertificateDer, ServerName};
@@ -148,8 +148,17 @@ impl Share {
     }
 }
 
+/// A test that is repeated finds nothing of the first time.
+fn anew(ctx: &Context, name: &str) -> Result<PathBuf> {
+    let folder = ctx.environment.tmp.join(name);
+    if folder.exists() {
+        fs::remove_dir_all(&folder)?;
+    }
+    Ok(folder)
+}
+
 fn under_load(ctx: &Context) -> Result<()> {
-    let folder = ctx.environment.tmp.join("replaced");
+    let folder = anew(ctx, "replaced")?;
     let load = Load::new(&folder)?;
     let mut share = Share::new(folder.join("share"), &load.leaves[0])?;
     let setup = load.serve(ctx, share.link.clone())?;
@@ -189,8 +198,7 @@ impl Load {
     /// A tlsplice that serves what lies there.
     pub(super) fn serve(&self, ctx: &Context, certificates: PathBuf) -> Result<Setup> {
         let relay = ctx.environment.relays()[0];
-        let upstream =
-            Upstream::serve(&ctx.environment, Kind::V4, |_| Ok(Served { up: 0, down: 0, end: PeerEnd::Fin }))?;
+        let upstream = Upstream::closing(&ctx.environment)?;
         Setup::with(ctx, relay, &[0], upstream, |mut settings| {
             settings.certificates = vec![certificates];
             settings.tls(&format!("poll = \"{}ms\"", POLL.as_millis())).limit("connections = 10000")
@@ -252,20 +260,16 @@ impl Load {
 }
 
 fn last_good(ctx: &Context) -> Result<()> {
-    let folder = ctx.environment.tmp.join("last-good");
+    let folder = anew(ctx, "last-good")?;
     let authority = Authority::make(&folder.join("ca"))?;
     let issued = authority.issue(&Leaf::default())?;
     let share = Share::new(folder.join("share"), &issued)?;
     let relay = ctx.environment.relays()[0];
     let start = || {
-        Setup::with(ctx, relay, &[0], Upstream::manual(&ctx.environment, Kind::V4)?, |mut settings| {
+        Setup::with(ctx, relay, &[0], Upstream::closing(&ctx.environment)?, |mut settings| {
             settings.certificates = vec![share.link.clone()];
             settings.tls("poll = \"100ms\"").tls(&format!("last_good = {:?}", folder.join("kept")))
         })
-    };
-    let end = |setup: Setup| {
-        while setup.upstream.accept_now().is_some() {}
-        end(setup)
     };
     end(start()?)?;
     fs::remove_file(&share.link)?;

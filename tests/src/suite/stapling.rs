@@ -5,7 +5,7 @@ use crate::authority::{Authority, Issued, Leaf, openssl};
 use crate::environment::{Environment, Kernel};
 use crate::exchange::Setup;
 use crate::run::{Context, Test};
-use crate::upstream::{Kind, Upstream};
+use crate::upstream::Upstream;
 use anyhow::{Context as _, Result, ensure};
 use std::fs;
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
@@ -137,7 +137,7 @@ fn follow(ctx: &Context, responder: &Responder<'_>) -> Result<()> {
     let leaves = [&ecdsa, &rsa];
     responder.index(&leaves, false)?;
     let began = Instant::now();
-    let upstream = Upstream::manual(&ctx.environment, Kind::V4)?;
+    let upstream = Upstream::closing(&ctx.environment)?;
     let setup = Setup::with(ctx, ctx.environment.relays()[0], &[0], upstream, |mut settings| {
         settings.certificates = leaves.iter().flat_map(|one| [one.chain.clone(), one.key.clone()]).collect();
         settings.tls("poll = \"200ms\"")
@@ -188,7 +188,7 @@ fn follow(ctx: &Context, responder: &Responder<'_>) -> Result<()> {
         "ECDSA and RSA stapled, gone {} s after the answer, refused when revoked, back again, and off by a reload",
         expired.as_secs()
     ));
-    let Setup { mut proxy, upstream, .. } = setup;
+    let Setup { mut proxy, .. } = setup;
     proxy.reload(proxy.settings.clone().tls("ocsp = \"off\""))?;
     let deadline = Instant::now() + patience;
     for kind in KINDS {
@@ -197,7 +197,6 @@ fn follow(ctx: &Context, responder: &Responder<'_>) -> Result<()> {
             thread::sleep(Duration::from_millis(100));
         }
     }
-    while upstream.accept_now().is_some() {}
     proxy.settled()?;
     proxy.signal(rustix::process::Signal::TERM)?;
     let status = proxy.wait_exit().context("end")?;
