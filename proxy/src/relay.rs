@@ -178,6 +178,11 @@ impl Ended {
     pub fn abort(how: End) -> Self {
         Self { how, client: ClientEnd::Reset, upstream: UpstreamEnd::Reset }
     }
+
+    /// The client took no more, whatever the error.
+    pub fn client_gone(_: io::Error) -> Self {
+        Self::abort(End::ClientReset)
+    }
 }
 
 /// What a direction did in its turn.

@@ -92,6 +92,16 @@ impl Context {
         name.chars().map(|c| if c.is_ascii_alphanumeric() || c == '_' { c } else { '-' }).collect()
     }
 
+    /// An empty folder of this name: a test that is repeated finds nothing of the first time.
+    pub fn folder(&self, name: &str) -> Result<PathBuf> {
+        let folder = self.environment.tmp.join(name);
+        if folder.exists() {
+            fs::remove_dir_all(&folder)?;
+        }
+        fs::create_dir_all(&folder)?;
+        Ok(folder)
+    }
+
     pub fn note(&self, text: &str) {
         println!("note: {}: {text}", self.test.lock().expect("no holder panics"));
     }

@@ -142,19 +142,18 @@ impl Downstream {
 
     /// Sends what is on its way and the KeyUpdate that is owed. True when nothing is left.
     pub fn flush(&mut self, cx: &mut Context<'_>) -> Result<bool, Ended> {
-        let gone = |_| Ended::abort(End::ClientReset);
         match self {
             Self::User(tls) => {
-                if !tls.flush().map_err(gone)? {
+                if !tls.flush().map_err(Ended::client_gone)? {
                     return Ok(false);
                 }
                 if tls.owes_key_update() {
                     tls.queue_key_update()?;
                 }
-                tls.flush().map_err(gone)
+                tls.flush().map_err(Ended::client_gone)
             }
             Self::Kernel(behind) => behind.flush(cx),
-            Self::Plain(plain) => plain.to_client.flush(&mut plain.client.sock).map_err(gone),
+            Self::Plain(plain) => plain.to_client.flush(&mut plain.client.sock).map_err(Ended::client_gone),
         }
     }
 
@@ -196,10 +195,7 @@ impl Downstream {
                 behind.down.copy(bytes);
                 Ok(())
             }
-            Self::Plain(plain) => {
-                let gone = |_| Ended::abort(End::ClientReset);
-                plain.to_client.send(&mut plain.client.sock, bytes).map_err(gone)
-            }
+            Self::Plain(plain) => plain.to_client.send(&mut plain.client.sock, bytes).map_err(Ended::client_gone),
         }
     }
 

@@ -75,9 +75,13 @@ impl Spare {
         Ok(true)
     }
 
-    /// Sends `bytes` after what is there already, and keeps what is not taken.
+    /// Sends `bytes` after what is there already, in one send with it, and keeps what is not taken.
     pub fn send(&mut self, to: &mut Sock, bytes: &[u8]) -> io::Result<()> {
-        let at = if self.flush(to)? { send(to, bytes)? } else { 0 };
+        if !self.is_empty() {
+            self.push(bytes);
+            return self.flush(to).map(drop);
+        }
+        let at = send(to, bytes)?;
         self.push(&bytes[at..]);
         Ok(())
     }

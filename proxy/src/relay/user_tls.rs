@@ -309,7 +309,7 @@ impl UserTls {
             return Ok(());
         }
         self.to_client.append(&mut self.tickets);
-        self.flush().map(drop).map_err(gone)
+        self.flush().map(drop).map_err(Ended::client_gone)
     }
 
     /// The FIN is to follow it at once, and may be in the same segment.
@@ -402,25 +402,14 @@ impl UserTls {
         if plain >= PLAIN_BYTES {
             self.client.sock.limit_room();
         }
-        let sealed = &slots[..sealed];
-        if self.tickets.is_empty() {
-            self.to_client.send(&mut self.client.sock, sealed).map_err(gone)?;
-        } else {
-            // The first records of a connection, 64 KiB at most: together in one send.
-            self.to_client.append(&mut self.tickets);
-            self.to_client.push(sealed);
-            self.flush().map_err(gone)?;
-        }
+        self.to_client.append(&mut self.tickets);
+        self.to_client.send(&mut self.client.sock, &slots[..sealed]).map_err(Ended::client_gone)?;
         self.storm.sent_data(plain);
         self.client.watch.touch();
         self.client.moved_down += plain as u64;
         self.client.worker.counters.down_copied.add(plain as u64);
         Ok(())
     }
-}
-
-fn gone(_: std::io::Error) -> Ended {
-    Ended::abort(End::ClientReset)
 }
 
 /// Adds a record's plaintext to the pieces: a short one is moved to the end of the piece before it.

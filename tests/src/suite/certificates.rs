@@ -148,17 +148,8 @@ impl Share {
     }
 }
 
-/// A test that is repeated finds nothing of the first time.
-fn anew(ctx: &Context, name: &str) -> Result<PathBuf> {
-    let folder = ctx.environment.tmp.join(name);
-    if folder.exists() {
-        fs::remove_dir_all(&folder)?;
-    }
-    Ok(folder)
-}
-
 fn under_load(ctx: &Context) -> Result<()> {
-    let folder = anew(ctx, "replaced")?;
+    let folder = ctx.folder("replaced")?;
     let load = Load::new(&folder)?;
     let mut share = Share::new(folder.join("share"), &load.leaves[0])?;
     let setup = load.serve(ctx, share.link.clone())?;
@@ -260,7 +251,7 @@ impl Load {
 }
 
 fn last_good(ctx: &Context) -> Result<()> {
-    let folder = anew(ctx, "last-good")?;
+    let folder = ctx.folder("last-good")?;
     let authority = Authority::make(&folder.join("ca"))?;
     let issued = authority.issue(&Leaf::default())?;
     let share = Share::new(folder.join("share"), &issued)?;

@@ -173,10 +173,8 @@ struct Prometheus {
 impl Prometheus {
     /// By the configuration that is shipped, pointed at this tlsplice and told to hurry.
     fn start(ctx: &Context, admin: SocketAddr) -> Result<Self> {
-        let folder = ctx.environment.tmp.join("prometheus");
         // What an earlier try has scraped would be counted too.
-        let _ = fs::remove_dir_all(&folder);
-        fs::create_dir_all(&folder)?;
+        let folder = ctx.folder("prometheus")?;
         let config = SCRAPE.replace("127.0.0.1:9145", &admin.to_string()).replace("interval: 15s", "interval: 1s");
         fs::write(folder.join("prometheus.yml"), config)?;
         fs::write(folder.join("tlsplice.rules.yml"), RULES)?;

@@ -119,9 +119,7 @@ const PAUSE: Duration = Duration::from_millis(100);
 /// Two processes take turns, ten handshakes a second: after the first, every one resumes what the other gave.
 fn fleet(ctx: &Context) -> Result<()> {
     let relay = ctx.environment.relays()[0];
-    let folder = ctx.environment.tmp.join("tickets");
-    let _ = std::fs::remove_dir_all(&folder);
-    std::fs::create_dir_all(&folder)?;
+    let folder = ctx.folder("tickets")?;
     let node = || {
         let upstream = Upstream::serve(&ctx.environment, Kind::V4, serve)?;
         Setup::with(ctx, relay, &[0], upstream, |s| {
