@@ -7,127 +7,32 @@
 
 mod answer;
 mod counted;
+mod kept;
+mod target;
 
 use crate::upstream;
 use anyhow::{Context, Result, bail, ensure};
-use rustls::client::Resumption;
-use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
-use rustls::crypto::{CryptoProvider, aws_lc_rs};
-use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
-use rustls::{ClientConfig, ClientConnection, DigitallySignedStruct, HandshakeKind, RootCertStore, SignatureScheme};
-use std::io::{Read, Write};
-use std::net::{SocketAddr, TcpStream};
+use rustls::{ClientConfig, ClientConnection, HandshakeKind};
+use std::io::{ErrorKind, Read, Write};
+use std::net::TcpStream;
 use std::sync::Arc;
 use std::time::Duration;
 
-pub use answer::Answer;
+pub use answer::{Answer, Whole};
 pub use counted::Counted;
+pub use kept::Kept;
+pub use target::{Protection, Sessions, Target, Trust};
 
 /// A socket that does nothing for so long has failed.
 pub const PATIENCE: Duration = Duration::from_secs(15);
 const RECORD_HEADER_BYTES: usize = 5;
 /// The longest record there is: 2^14 + 256, and its header.
 const RECORD_LIMIT_BYTES: usize = (16 << 10) + 256 + RECORD_HEADER_BYTES;
-/// Tickets that are kept for one thread.
-const SESSIONS: usize = 64;
 
-/// Where connections go, and how they are protected.
-#[derive(Clone, Debug)]
-pub struct Target {
-    pub address: SocketAddr,
-    pub name: ServerName<'static>,
-    /// `None`: no TLS at all.
-    pub tls: Option<Protection>,
-}
-
-/// What a client offers and trusts.
-#[derive(Clone, Debug)]
-pub struct Protection {
-    pub trust: Trust,
-    /// Everything that the library has, not only the suite and group of the comparison.
-    pub any_parameters: bool,
-}
-
-/// Whose certificates are taken.
-#[derive(Clone, Debug)]
-pub enum Trust {
-    Roots(Arc<RootCertStore>),
-    Anybody,
-}
-
-/// Whether sessions are resumed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Sessions {
-    Fresh,
-    Resumed,
-}
-
-impl Target {
-    /// A configuration for one thread; `None` for plain TCP.
-    pub fn config(&self, sessions: Sessions) -> Result<Option<Arc<ClientConfig>>> {
-        let Some(protection) = &self.tls else { return Ok(None) };
-        let mut provider = aws_lc_rs::default_provider();
-        if !protection.any_parameters {
-            provider.cipher_suites = vec![aws_lc_rs::cipher_suite::TLS13_AES_256_GCM_SHA384];
-            provider.kx_groups = vec![aws_lc_rs::kx_group::X25519MLKEM768];
-        }
-        let provider = Arc::new(provider);
-        let builder = ClientConfig::builder_with_provider(provider.clone()).with_safe_default_protocol_versions()?;
-        let mut config = match &protection.trust {
-            Trust::Roots(roots) => builder.with_root_certificates(roots.clone()).with_no_client_auth(),
-            Trust::Anybody => {
-                let verifier = Arc::new(Credulous(provider));
-                builder.dangerous().with_custom_certificate_verifier(verifier).with_no_client_auth()
-            }
-        };
-        config.resumption = match sessions {
-            Sessions::Fresh => Resumption::disabled(),
-            Sessions::Resumed => Resumption::in_memory_sessions(SESSIONS),
-        };
-        Ok(Some(Arc::new(config)))
-    }
-}
-
-/// Takes any certificate: for a load test of a host whose name is not ours to have.
-#[derive(Debug)]
-struct Credulous(Arc<CryptoProvider>);
-
-impl ServerCertVerifier for Credulous {
-    fn verify_server_cert(
-        &self,
-        _: &CertificateDer<'_>,
-        _: &[CertificateDer<'_>],
-        _: &ServerName<'_>,
-        _: &[u8],
-        _: UnixTime,
-    ) -> Result<ServerCertVerified, rustls::Error> {
-        Ok(ServerCertVerified::assertion())
-    }
-
-    fn verify_tls12_signature(
-        &self,
-        message: &[u8],
-        certificate: &CertificateDer<'_>,
-        signed: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        let schemes = &self.0.signature_verification_algorithms;
-        rustls::crypto::verify_tls12_signature(message, certificate, signed, schemes)
-    }
-
-    fn verify_tls13_signature(
-        &self,
-        message: &[u8],
-        certificate: &CertificateDer<'_>,
-        signed: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        let schemes = &self.0.signature_verification_algorithms;
-        rustls::crypto::verify_tls13_signature(message, certificate, signed, schemes)
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.0.signature_verification_algorithms.supported_schemes()
-    }
-}
+/// The server has ended the connection, and nothing of an answer had come: it may have done so before it was asked.
+#[derive(Debug, thiserror::Error)]
+#[error("the server closed the connection and gave no answer")]
+pub struct Closed;
 
 /// An open connection.
 #[derive(Debug)]
@@ -135,13 +40,14 @@ pub struct Session {
     socket: TcpStream,
     tls: Option<Box<ClientConnection>>,
     inbox: Inbox,
+    /// The server has said that no other answer follows.
+    is_over: bool,
 }
 
 impl Session {
     /// Connects and shakes hands.
     pub fn open(target: &Target, config: Option<&Arc<ClientConfig>>) -> Result<Self> {
-        let socket = TcpStream::connect_timeout(&target.address, PATIENCE)
-            .with_context(|| format!("connect to {}", target.address))?;
+        let socket = TcpStream::connect_timeout(&target.address, PATIENCE).map_err(|error| refused(target, error))?;
         socket.set_nodelay(true)?;
         socket.set_read_timeout(Some(PATIENCE))?;
         socket.set_write_timeout(Some(PATIENCE))?;
@@ -149,7 +55,7 @@ impl Session {
             Some(config) => Some(Box::new(ClientConnection::new(config.clone(), target.name.clone())?)),
             None => None,
         };
-        let mut session = Self { socket, tls, inbox: Inbox::default() };
+        let mut session = Self { socket, tls, inbox: Inbox::default(), is_over: false };
         session.shake_hands().context("handshake")?;
         Ok(session)
     }
@@ -172,6 +78,11 @@ impl Session {
     /// Whether this session goes on with an earlier one's secrets.
     pub fn resumed(&self) -> bool {
         self.tls.as_ref().is_some_and(|tls| tls.handshake_kind() == Some(HandshakeKind::Resumed))
+    }
+
+    /// Whether the last answer was announced as the last one.
+    pub fn is_over(&self) -> bool {
+        self.is_over
     }
 
     /// The socket, for waiting and for its end.
@@ -229,25 +140,40 @@ impl Session {
 
     /// Sends a request and takes the whole answer, which must not be a refusal.
     pub fn exchange(&mut self, request: &[u8]) -> Result<()> {
-        self.send(request)?;
+        self.send(request).map_err(|error| if is_end(&error) { Closed.into() } else { error })?;
         self.accepted()
     }
 
     /// Takes one answer, which must not be a refusal.
     pub fn accepted(&mut self) -> Result<()> {
-        let (status, _) = self.answer(|_, _| ())?;
-        is_no_refusal(status)
+        is_no_refusal(self.answer(|_, _| ())?.status)
     }
 
     /// Takes one answer; its body goes to `on_body`, with the position.
-    pub fn answer(&mut self, mut on_body: impl FnMut(u64, &[u8])) -> Result<(u16, u64)> {
+    pub fn answer(&mut self, mut on_body: impl FnMut(u64, &[u8])) -> Result<Whole> {
         let (mut answer, mut buffer) = (Answer::default(), [0; RECORD_LIMIT_BYTES]);
         loop {
-            let count = self.receive(&mut buffer)?;
-            if let Some(whole) = answer.take(&buffer[..count], &mut on_body)? {
+            if let Some(whole) = self.more_of(&mut answer, &mut buffer, &mut on_body)? {
                 return Ok(whole);
             }
         }
+    }
+
+    /// Takes the next bytes of an answer.
+    fn more_of(
+        &mut self,
+        answer: &mut Answer,
+        buffer: &mut [u8],
+        on_body: impl FnMut(u64, &[u8]),
+    ) -> Result<Option<Whole>> {
+        let count = match self.receive(buffer) {
+            Ok(0) if !answer.has_begun() => return Err(Closed.into()),
+            Err(error) if is_end(&error) && !answer.has_begun() => return Err(Closed.into()),
+            result => result?,
+        };
+        let whole = answer.take(&buffer[..count], on_body)?;
+        self.is_over = whole.is_some_and(|whole| whole.is_last);
+        Ok(whole)
     }
 
     /// Takes what there is of an answer, without waiting for more; true when it is whole. It must not be a refusal, and the
@@ -255,13 +181,34 @@ impl Session {
     pub fn accepted_so_far(&mut self, answer: &mut Answer) -> Result<bool> {
         let mut buffer = [0; RECORD_LIMIT_BYTES];
         loop {
-            let count = match self.receive(&mut buffer) {
+            match self.more_of(answer, &mut buffer, |_, _| ()) {
                 Err(error) if is_again(&error) => return Ok(false),
-                result => result?,
-            };
-            if let Some((status, _)) = answer.take(&buffer[..count], |_, _| ())? {
-                return is_no_refusal(status).map(|()| true);
+                Err(error) => return Err(error),
+                Ok(None) => {}
+                Ok(Some(whole)) => return is_no_refusal(whole.status).map(|()| true),
             }
+        }
+    }
+
+    /// Takes the next piece of an answer that must not be a refusal; gives how much of its body that was, and whether it is
+    /// whole now.
+    pub fn piece_of(&mut self, answer: &mut Answer, buffer: &mut [u8]) -> Result<(u64, bool)> {
+        let mut bytes = 0;
+        let whole = self.more_of(answer, buffer, |_, part| bytes += part.len() as u64)?;
+        if let Some((status, _)) = answer.head() {
+            is_no_refusal(status)?;
+        }
+        Ok((bytes, whole.is_some()))
+    }
+
+    /// Whether the server has neither ended the connection nor said anything. From here on the socket does not block.
+    pub fn is_idle(&mut self) -> Result<()> {
+        self.socket.set_nonblocking(true)?;
+        match self.receive(&mut [0; 1]) {
+            Ok(0) => bail!("the server ended an idle connection"),
+            Ok(_) => bail!("an answer came that nobody asked for"),
+            Err(error) if is_again(&error) => Ok(()),
+            Err(error) => Err(error.context("an idle connection")),
         }
     }
 
@@ -287,8 +234,13 @@ impl Session {
         self.socket.write_all(records).context("send")
     }
 
-    /// From here on records are only counted.
-    pub fn count_only(self) -> Result<Counted> {
+    /// Waits for the head of an answer, which must not be a refusal; from there on records are only counted. The goodbye has to
+    /// be sealed before, as there is nobody left to seal it.
+    pub fn count_only(mut self) -> Result<Counted> {
+        let (mut answer, mut buffer) = (Answer::default(), [0; RECORD_LIMIT_BYTES]);
+        while answer.head().is_none() {
+            self.piece_of(&mut answer, &mut buffer)?;
+        }
         let overhead = match &self.tls {
             None => None,
             // TLS 1.3 AES-GCM: a tag and the type. TLS 1.2: the explicit nonce and a tag.
@@ -296,7 +248,7 @@ impl Session {
             Some(_) => Some(24),
         };
         let already = &self.inbox.bytes[self.inbox.start..self.inbox.end];
-        Ok(Counted::new(self.socket, overhead, already))
+        Ok(Counted::new(self.socket, overhead, &answer, already))
     }
 
     /// The goodbye as a record, for later.
@@ -337,8 +289,29 @@ fn is_no_refusal(status: u16) -> Result<()> {
     Ok(())
 }
 
+fn kind_of(error: &anyhow::Error) -> Option<ErrorKind> {
+    error.downcast_ref::<std::io::Error>().map(std::io::Error::kind)
+}
+
 fn is_again(error: &anyhow::Error) -> bool {
-    error.downcast_ref::<std::io::Error>().is_some_and(|error| error.kind() == std::io::ErrorKind::WouldBlock)
+    kind_of(error) == Some(ErrorKind::WouldBlock)
+}
+
+/// Whether the server has ended the connection, without a goodbye.
+fn is_end(error: &anyhow::Error) -> bool {
+    matches!(kind_of(error), Some(ErrorKind::ConnectionReset | ErrorKind::BrokenPipe | ErrorKind::UnexpectedEof))
+}
+
+/// Why there is no connection, and what mends it where that is this side.
+fn refused(target: &Target, error: std::io::Error) -> anyhow::Error {
+    let mend = match error.kind() {
+        ErrorKind::AddrNotAvailable => {
+            ": every local port to it is in use or waits (TIME_WAIT): fewer connections in a second, more ports by \
+             sysctl net.ipv4.ip_local_port_range=\"1024 65535\", or sysctl net.ipv4.tcp_tw_reuse=1"
+        }
+        _ => "",
+    };
+    anyhow::Error::new(error).context(format!("connect to {}{mend}", target.address))
 }
 
 /// What has come and was not looked at yet.
@@ -390,28 +363,12 @@ impl Inbox {
     }
 }
 
-/// A request for so many bytes.
-pub fn get(bytes: u64) -> Vec<u8> {
-    get_path(&format!("/bytes/{bytes}"))
-}
-
-/// A request for a path.
-pub fn get_path(path: &str) -> Vec<u8> {
-    format!("GET {path} HTTP/1.1\r\nHost: {}\r\n\r\n", crate::certificate::NAME).into_bytes()
-}
-
-/// The head of a request with a body.
-pub fn post(path: &str, length: u64) -> Vec<u8> {
-    let name = crate::certificate::NAME;
-    format!("POST {path} HTTP/1.1\r\nHost: {name}\r\nContent-Length: {length}\r\n\r\n").into_bytes()
-}
-
 /// Passes the pattern through a peer both ways and compares every byte.
 pub fn check(target: &Target, bytes: u64) -> Result<()> {
     let mut session = Session::open(target, target.config(Sessions::Fresh)?.as_ref())?;
-    session.send(&get(bytes))?;
+    session.send(&target.get(bytes))?;
     let mut wrong = None;
-    let (status, length) = session.answer(|at, body| {
+    let Whole { status, bytes: length, .. } = session.answer(|at, body| {
         if wrong.is_none() && body != upstream::pattern(at, body.len()) {
             wrong = Some(at);
         }
@@ -420,10 +377,10 @@ pub fn check(target: &Target, bytes: u64) -> Result<()> {
     if let Some(at) = wrong {
         bail!("a download is not what the upstream sent, near byte {at}");
     }
-    let mut upload = post("/checked", bytes);
+    let mut upload = target.post("/checked", bytes);
     upload.extend(upstream::pattern(0, usize::try_from(bytes)?));
     session.send(&upload)?;
-    let (status, _) = session.answer(|_, _| ())?;
+    let status = session.answer(|_, _| ())?.status;
     ensure!(status == 200, "an upload of {bytes} bytes did not reach the upstream as it was sent: status {status}");
     session.finish()
 }

@@ -5,7 +5,7 @@
 //! counts as a change only if it is large, larger than the rounds scatter, ours and the peers', and the ranks agree.
 
 use crate::load::Kind;
-use crate::result::{Figure, Run, is_own};
+use crate::result::{Figure, Run, is_own, numbered};
 use crate::statistics;
 use crate::table;
 
@@ -19,11 +19,22 @@ const LARGEST_CHANCE: f64 = 0.05;
 const MEDIAN_PENALTY: f64 = 1.2533;
 
 /// What became of one row.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Verdict {
     Same,
     Better,
     Worse,
+    /// So few rounds that no change, however large, would be sure.
+    Unsure,
+    /// The second run has no round of it: the work failed, or was not asked for.
+    Missing,
+}
+
+impl Verdict {
+    /// Whether the second run is not good enough.
+    pub fn is_bad(self) -> bool {
+        matches!(self, Self::Worse | Self::Missing)
+    }
 }
 
 /// One row of a comparison.
@@ -41,15 +52,43 @@ pub struct Change {
     pub verdict: Verdict,
 }
 
-/// Every row of tlsplice's that both runs have.
+/// Every row of tlsplice's in the first run.
 pub fn compare(before: &Run, after: &Run) -> Vec<Change> {
     let mut changes = Vec::new();
     for kind in before.kinds() {
         for peer in before.own() {
-            changes.extend(row(before, after, kind, peer));
+            changes.extend(row(before, after, kind, peer).or_else(|| missing(before, kind, peer)));
         }
     }
     changes
+}
+
+/// Settings that the two do not share and that figures depend on, in words.
+pub fn differences(before: &Run, after: &Run) -> Vec<String> {
+    let (a, b) = (&before.settings, &after.settings);
+    let seconds = (a.seconds != b.seconds).then(|| format!("{} and {} s", a.seconds, b.seconds));
+    let workers = (a.workers != b.workers).then(|| format!("{} and {} workers", a.workers, b.workers));
+    let held = (a.proxy_cpus != b.proxy_cpus).then(|| {
+        let said = |cpus: &Option<String>| cpus.clone().unwrap_or_else(|| "any".into());
+        format!("proxies on CPU {} and {}", said(&a.proxy_cpus), said(&b.proxy_cpus))
+    });
+    let differ = |what: &str, a: Option<u64>, b: Option<u64>| match (a, b) {
+        (Some(a), Some(b)) if a != b => Some(format!("{what} {a} and {b}")),
+        _ => None,
+    };
+    let count = |connections: Option<usize>| connections.map(|connections| connections as u64);
+    let idle = differ("idle connections", count(a.idle_connections), count(b.idle_connections));
+    let upload = differ("bytes of an upload", a.upload_bytes, b.upload_bytes);
+    let counting = (before.machine.bpf_file_system != after.machine.bpf_file_system)
+        .then(|| "one of them counts in the kernel".to_owned());
+    [seconds, workers, held, idle, upload, counting].into_iter().flatten().collect()
+}
+
+fn missing(before: &Run, kind: Kind, peer: &str) -> Option<Change> {
+    let figure = Figure::of(kind);
+    let old = before.series(kind, peer)?.median(figure)?;
+    let (after, factor, threshold) = (f64::NAN, f64::NAN, f64::NAN);
+    Some(Change { kind, peer: peer.into(), figure, before: old, after, factor, threshold, verdict: Verdict::Missing })
 }
 
 fn row(before: &Run, after: &Run, kind: Kind, peer: &str) -> Option<Change> {
@@ -71,9 +110,11 @@ fn row(before: &Run, after: &Run, kind: Kind, peer: &str) -> Option<Change> {
     let threshold = LEAST_CHANGE.ln_1p().max(LEAST_SIGMAS * noise).exp().max(1.0 + drift);
     let worse = factor > threshold && statistics::chance_of_rising(&a, &b) <= LARGEST_CHANCE;
     let better = factor < 1.0 / threshold && statistics::chance_of_rising(&b, &a) <= LARGEST_CHANCE;
+    let least_chance = statistics::chance_of_rising(&vec![0.0; a.len()], &vec![1.0; b.len()]);
     let verdict = match (worse, better) {
         (true, _) => Verdict::Worse,
         (_, true) => Verdict::Better,
+        (false, false) if least_chance > LARGEST_CHANCE => Verdict::Unsure,
         (false, false) => Verdict::Same,
     };
     Some(Change { kind, peer: peer.into(), figure, before: old, after: new, factor, threshold, verdict })
@@ -108,15 +149,22 @@ fn unexplained_drift(before: &Run, after: &Run, kind: Kind, figure: Figure, shar
 /// The figures of a series, each divided by how busy the machine was in its round, as far as the peers tell.
 fn corrected(run: &Run, kind: Kind, figure: Figure, ours: &str, shared: &[(String, f64)]) -> Vec<f64> {
     let Some(series) = run.series(kind, ours) else { return Vec::new() };
-    let drift = |round: usize| {
-        let of = |(peer, usual): &(String, f64)| {
-            Some(run.series(kind, peer)?.rounds.get(round)?.figure(figure, kind)? / usual)
-        };
+    let drift = |number: usize| {
+        let of =
+            |(peer, usual): &(String, f64)| Some(run.series(kind, peer)?.round(number)?.figure(figure, kind)? / usual);
         // The middle one: a single peer that stumbled is not the machine.
         statistics::median(&shared.iter().filter_map(of).collect::<Vec<_>>()).unwrap_or(1.0)
     };
-    let figures = series.rounds.iter().enumerate();
-    figures.filter_map(|(at, round)| Some(round.figure(figure, kind)? / drift(at))).collect()
+    let figures = numbered(&series.rounds);
+    figures.filter_map(|(number, round)| Some(round.figure(figure, kind)? / drift(number))).collect()
+}
+
+fn three_places(value: f64) -> String {
+    format!("{value:.3}")
+}
+
+fn known(value: f64, as_text: fn(f64) -> String) -> String {
+    if value.is_nan() { "-".into() } else { as_text(value) }
 }
 
 /// The comparison as a table.
@@ -127,15 +175,18 @@ pub fn show(changes: &[Change]) -> String {
             change.kind.name().into(),
             change.peer.clone(),
             table::number(change.before),
-            table::number(change.after),
+            known(change.after, table::number),
             change.figure.unit(change.kind).into(),
-            format!("{:.3}", change.factor),
-            format!("{:.3}", change.threshold),
+            known(change.factor, three_places),
+            known(change.threshold, three_places),
             match change.verdict {
-                Verdict::Same => String::new(),
-                Verdict::Better => "better".into(),
-                Verdict::Worse => "REGRESSION".into(),
-            },
+                Verdict::Same => "",
+                Verdict::Better => "better",
+                Verdict::Worse => "REGRESSION",
+                Verdict::Unsure => "too few rounds",
+                Verdict::Missing => "MISSING",
+            }
+            .into(),
         ]);
     }
     table::aligned(&rows)
@@ -170,6 +221,8 @@ mod tests {
                 protection: String::new(),
                 call_ns: None,
                 open_rate: None,
+                idle_connections: None,
+                upload_bytes: None,
             },
             versions: Vec::new(),
             commit: String::new(),
@@ -183,7 +236,7 @@ mod tests {
     fn verdict(before: &[(f64, f64)], after: &[(f64, f64)]) -> Verdict {
         let changes = compare(&run(before), &run(after));
         assert_eq!(changes.len(), 1);
-        changes[0].verdict.clone()
+        changes[0].verdict
     }
 
     const CALM: [(f64, f64); 5] = [(15.0, 20.0), (15.2, 20.1), (14.9, 19.9), (15.1, 20.2), (15.0, 20.0)];
@@ -215,6 +268,28 @@ mod tests {
         let wild = [(15.0, 20.0), (19.0, 20.1), (12.0, 19.9), (17.5, 20.2), (13.0, 20.0)];
         let wild_and_more = wild.map(|(ours, peer)| (ours * 1.1, peer));
         assert_eq!(verdict(&wild, &wild_and_more), Verdict::Same);
+    }
+
+    #[test]
+    fn work_that_has_failed_is_no_good_news() {
+        let broken = Run { series: vec![run(&CALM).series[1].clone()], ..run(&CALM) };
+        let changes = compare(&run(&CALM), &broken);
+        assert_eq!(changes.iter().map(|change| change.verdict).collect::<Vec<_>>(), [Verdict::Missing]);
+        assert!(show(&changes).contains("MISSING"));
+        let once = [(40.0, 20.0)];
+        assert_eq!(verdict(&CALM, &once), Verdict::Unsure);
+    }
+
+    #[test]
+    fn a_round_that_failed_shifts_no_other() {
+        let busy_in_the_third = [(15.0, 20.0), (15.1, 20.1), (30.0, 40.0), (15.0, 20.0), (15.1, 20.0)];
+        let mut after = run(&busy_in_the_third);
+        for series in &mut after.series {
+            series.rounds.iter_mut().enumerate().for_each(|(at, round)| round.number = Some(at));
+        }
+        after.series[0].rounds.remove(1);
+        let ours = corrected(&after, Kind::Request, Figure::Cpu, OURS, &[("nginx-stream".into(), 20.0)]);
+        assert!(ours.iter().all(|figure| (14.9..15.2).contains(figure)), "{ours:?}");
     }
 
     type Latencies = [(&'static str, [f64; 9]); 6];
@@ -251,7 +326,7 @@ mod tests {
     fn a_calm_series_beside_wild_peers_is_luck() {
         for (before, after) in [(CALM_BY_LUCK, AS_USUAL), (AS_USUAL, CALM_BY_LUCK)] {
             let changes = compare(&latencies(&before), &latencies(&after));
-            assert_eq!(changes.iter().map(|change| change.verdict.clone()).collect::<Vec<_>>(), [Verdict::Same]);
+            assert_eq!(changes.iter().map(|change| change.verdict).collect::<Vec<_>>(), [Verdict::Same]);
         }
     }
 }

@@ -7,7 +7,7 @@
 //! begins, large ones how steep it is.
 
 use crate::load::Kind;
-use crate::result::{Figure, GIB, OURS, Run};
+use crate::result::{Figure, GIB, OURS, Run, numbered};
 use crate::statistics;
 use crate::table::{aligned, number};
 use anyhow::{Context, Result};
@@ -62,11 +62,20 @@ impl Trade {
 impl Curve {
     /// The curve in a run, in time.
     pub fn of(run: &Run) -> Self {
+        // Ways are held against each other round by round: one that failed in one way is nobody's.
+        let is_everybodys = |kind: Kind, bytes: u64, number: usize| {
+            let mut same = run.curve.iter().filter(|point| point.kind == kind && point.bytes == bytes);
+            same.all(|point| numbered(&point.rounds).any(|(known, _)| known == number))
+        };
+        let costs = |point: &crate::result::Point| {
+            let rounds = numbered(&point.rounds).filter(|(number, _)| is_everybodys(point.kind, point.bytes, *number));
+            rounds.filter_map(|(_, round)| round.figure(Figure::Cpu, point.kind)).collect()
+        };
         let points = run.curve.iter().map(|point| Point {
             kind: point.kind,
             bytes: point.bytes,
             way: point.peer.clone(),
-            costs: point.rounds.iter().filter_map(|round| round.figure(Figure::Cpu, point.kind)).collect(),
+            costs: costs(point),
         });
         Self { unit: "µs".into(), bulk_unit: ("s".into(), 1e6), points: points.collect() }
     }

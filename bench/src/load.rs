@@ -1,11 +1,13 @@
-//! What is done to a target, and for how long. Each kind of work is a file in `load/`; all run through `drive`:
+//! What is done to a target, and for how long. Each kind of work is a file in `load/`; all run through `drive.rs`.
 //!
-//!   threads: prepare ─▶ ready │ mark Begin │ work until the time is up │ done │ mark End │ let go
-//!
-//! Between the marks nothing is set up and nothing is torn down, so what a proxy costs between them is the work alone.
+//! What fails before the work begins ends it: there is no load. What fails in it is counted and told, and the load goes on.
 
 mod bulk;
 mod connections;
+mod download;
+mod drive;
+#[cfg(test)]
+mod fickle;
 mod mixed;
 mod open_loop;
 mod requests;
@@ -13,10 +15,10 @@ mod transfers;
 mod waiting;
 
 use crate::client::Target;
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Context, Result};
+pub use drive::drive;
 use hdrhistogram::Histogram;
 use serde::{Deserialize, Serialize};
-use std::sync::{Barrier, Mutex};
 use std::time::{Duration, Instant};
 
 /// Latencies from 1 µs to a minute, to three digits.
@@ -159,14 +161,16 @@ impl Load {
         Self { kind, connections, duration, answer_bytes, upload_bytes, transfer_bytes, rate: 1000.0, path: None }
     }
 
-    fn request(&self) -> Vec<u8> {
+    fn request(&self, target: &Target) -> Vec<u8> {
         match &self.path {
-            Some(path) => crate::client::get_path(path),
-            None => crate::client::get(self.answer_bytes),
+            Some(path) => target.get_path(path),
+            None => target.get(self.answer_bytes),
         }
     }
 }
 
+/// After a failure, before the next try: a server that refuses everything is asked, not flooded.
+const FAILURE_PAUSE: Duration = Duration::from_millis(20);
 /// What a connection moves unless it is said.
 const TRANSFER_BYTES: u64 = 64 << 10;
 /// A download that no run finishes.
@@ -191,6 +195,11 @@ pub struct Outcome {
     pub resumed: u64,
     /// In µs; empty where a kind has none.
     pub latency: Histogram<u64>,
+    /// Connections that followed one which the server had ended.
+    pub reopened: u64,
+    /// What failed, and how the first of it did.
+    pub failed: u64,
+    pub failure: Option<String>,
 }
 
 /// An empty histogram.
@@ -204,15 +213,40 @@ pub struct Count {
     pub units: u64,
     pub resumed: u64,
     pub latency: Histogram<u64>,
+    pub reopened: u64,
+    pub failed: u64,
+    pub failure: Option<String>,
 }
 
 impl Count {
     fn new() -> Self {
-        Self { units: 0, resumed: 0, latency: histogram() }
+        Self { units: 0, resumed: 0, latency: histogram(), reopened: 0, failed: 0, failure: None }
     }
 
     fn took(&mut self, since: Instant) {
         self.latency.saturating_record(since.elapsed().as_micros().try_into().unwrap_or(u64::MAX));
+    }
+
+    fn failed(&mut self, error: &anyhow::Error) {
+        self.failed += 1;
+        self.failure.get_or_insert_with(|| format!("{error:#}"));
+    }
+
+    /// Does it again and again until the time is up.
+    fn until(&mut self, window: Window, mut once: impl FnMut(&mut Self) -> Result<()>) {
+        while Instant::now() < window.end {
+            let since = Instant::now();
+            match once(self) {
+                Ok(()) => {
+                    self.took(since);
+                    self.units += 1;
+                }
+                Err(error) => {
+                    self.failed(&error);
+                    std::thread::sleep(FAILURE_PAUSE.min(window.end.saturating_duration_since(Instant::now())));
+                }
+            }
+        }
     }
 }
 
@@ -239,60 +273,4 @@ pub fn run(target: &Target, load: &Load, on_mark: &mut dyn FnMut(Mark) -> Result
 pub struct Window {
     pub begin: Instant,
     pub end: Instant,
-}
-
-/// Runs the same on each of the threads; see the head of this file.
-pub fn drive<S>(
-    threads: usize,
-    duration: Duration,
-    on_mark: &mut dyn FnMut(Mark) -> Result<()>,
-    prepare: impl Fn(usize) -> Result<S> + Sync,
-    work: impl Fn(&mut S, Window) -> Result<Count> + Sync,
-) -> Result<Outcome> {
-    let (ready, go, done, release) =
-        (Barrier::new(threads + 1), Barrier::new(threads + 1), Barrier::new(threads + 1), Barrier::new(threads + 1));
-    let window = Mutex::new(None);
-    let one = |index: usize| {
-        let state = prepare(index);
-        ready.wait();
-        go.wait();
-        let window = *window.lock().expect("no holder of this lock panics");
-        let outcome = state.and_then(|mut state| {
-            let window = window.ok_or_else(|| anyhow!("given up before it began"))?;
-            // The state goes along: what is open stays open until the end was marked.
-            Ok((work(&mut state, window), state))
-        });
-        done.wait();
-        release.wait();
-        outcome.and_then(|(count, _)| count)
-    };
-    std::thread::scope(|scope| {
-        let one = &one;
-        let workers: Vec<_> = (0..threads).map(|index| scope.spawn(move || one(index))).collect();
-        ready.wait();
-        let begun = on_mark(Mark::Begin);
-        let begin = Instant::now();
-        if begun.is_ok() {
-            *window.lock().expect("no holder of this lock panics") = Some(Window { begin, end: begin + duration });
-        }
-        go.wait();
-        done.wait();
-        let elapsed = begin.elapsed();
-        let ended = begun.and_then(|()| on_mark(Mark::End));
-        release.wait();
-        let mut outcome = Outcome { units: 0, elapsed, resumed: 0, latency: histogram() };
-        let mut trouble = None;
-        for worker in workers {
-            match worker.join().map_err(|_| anyhow!("a thread of the generator panicked")).flatten() {
-                Ok(count) => {
-                    outcome.units += count.units;
-                    outcome.resumed += count.resumed;
-                    outcome.latency.add(&count.latency).context("add up latencies")?;
-                }
-                Err(error) => trouble = Some(error),
-            }
-        }
-        ended?;
-        trouble.map_or(Ok(outcome), Err)
-    })
 }

@@ -5,6 +5,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum as _};
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, ServerName};
 use std::net::{SocketAddr, ToSocketAddrs};
+use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -90,8 +91,8 @@ struct RunOptions {
     #[arg(long)]
     rounds: Option<usize>,
     /// Seconds of each measurement.
-    #[arg(long)]
-    seconds: Option<f64>,
+    #[arg(long, value_parser = seconds)]
+    seconds: Option<Duration>,
     /// Threads or processes of each peer.
     #[arg(long, default_value_t = 1)]
     workers: usize,
@@ -128,6 +129,9 @@ struct RunOptions {
 }
 
 /// Put load on any host that speaks HTTP/1.1 over TLS.
+///
+/// Connections that the server ends are opened anew, which is told. What fails (no connection, no handshake, a status from 400
+/// on, an answer cut short) is counted, the first of it is told, and the load goes on; exit status 1 then.
 #[derive(Args, Debug)]
 struct LoadOptions {
     /// HOST:PORT.
@@ -136,16 +140,17 @@ struct LoadOptions {
     kind: Kind,
     /// Connections at once.
     #[arg(long)]
-    connections: Option<usize>,
-    #[arg(long, default_value_t = 10.0)]
-    seconds: f64,
+    connections: Option<NonZeroUsize>,
+    /// How long; `up` and `both` end when --upload-mib are through.
+    #[arg(long, default_value = "10", value_parser = seconds)]
+    seconds: Duration,
     /// Requests per second of an open loop.
     #[arg(long, default_value_t = 1000.0)]
     rate: f64,
-    /// A path of the server's own; absent: those of `tlsplice-bench upstream`.
+    /// A path of the server's own; absent: those of `tlsplice-bench upstream`. Downloads of it are repeated until the time is up.
     #[arg(long)]
     path: Option<String>,
-    /// The name to ask for and to verify; absent: the host.
+    /// The name to ask for (SNI, Host) and to verify; absent: the host.
     #[arg(long)]
     name: Option<String>,
     /// Certificates to trust, as PEM.
@@ -178,11 +183,14 @@ struct UpstreamOptions {
     listen: SocketAddr,
 }
 
-/// Say whether the second result is worse than the first; exit status 1 if so.
+/// Say whether the second result is worse than the first, or lacks what the first has; exit status 1 if so.
 #[derive(Args, Debug)]
 struct CompareOptions {
     before: PathBuf,
     after: PathBuf,
+    /// Only these kinds of work, where the second run was not asked for all.
+    #[arg(long, value_enum, value_delimiter = ',')]
+    kinds: Vec<Kind>,
 }
 
 /// Make an HTML page of a result: one file that opens from disk.
@@ -217,7 +225,7 @@ fn main() -> ExitCode {
 fn perform(task: Task) -> Result<ExitCode> {
     match task {
         Task::Run(options) => run(&options)?,
-        Task::Load(options) => put_load(&options)?,
+        Task::Load(options) => return put_load(&options),
         Task::Upstream(options) => {
             let address = upstream::start(options.listen)?;
             println!("listening on {address}: GET /bytes/N, POST /");
@@ -226,12 +234,18 @@ fn perform(task: Task) -> Result<ExitCode> {
             }
         }
         Task::Compare(options) => {
-            let changes = compare::compare(&Run::read(&options.before)?, &Run::read(&options.after)?);
-            if changes.is_empty() {
+            let (before, after) = (Run::read(&options.before)?, Run::read(&options.after)?);
+            let mut changes = compare::compare(&before, &after);
+            if changes.iter().all(|change| change.verdict == Verdict::Missing) {
                 bail!("the two results have no row of tlsplice's in common");
             }
+            let asked = |change: &compare::Change| options.kinds.is_empty() || options.kinds.contains(&change.kind);
+            changes.retain(asked);
+            for difference in compare::differences(&before, &after) {
+                eprintln!("measured differently: {difference}");
+            }
             print!("{}", compare::show(&changes));
-            if changes.iter().any(|change| change.verdict == Verdict::Worse) {
+            if changes.iter().any(|change| change.verdict.is_bad()) {
                 return Ok(ExitCode::FAILURE);
             }
         }
@@ -302,7 +316,7 @@ fn run(options: &RunOptions) -> Result<()> {
         },
         curve: options.curve.iter().map(|kib| kib << 10).collect(),
         rounds: options.rounds.unwrap_or(if options.quick { 5 } else { 9 }),
-        seconds: options.seconds.unwrap_or(if options.quick { 0.3 } else { 0.8 }),
+        seconds: options.seconds.map_or(if options.quick { 0.3 } else { 0.8 }, |time| time.as_secs_f64()),
         workers: options.workers,
         pin: !options.no_pin,
         idle_connections: options.idle_connections.unwrap_or(if options.quick { 300 } else { 1000 }),
@@ -326,7 +340,7 @@ fn run(options: &RunOptions) -> Result<()> {
     Ok(())
 }
 
-fn put_load(options: &LoadOptions) -> Result<()> {
+fn put_load(options: &LoadOptions) -> Result<ExitCode> {
     let _ = machine::raise_descriptor_limit();
     let address = options.target.to_socket_addrs().with_context(|| format!("{} is no HOST:PORT", options.target))?;
     let address = address.into_iter().next().with_context(|| format!("{} has no address", options.target))?;
@@ -339,8 +353,8 @@ fn put_load(options: &LoadOptions) -> Result<()> {
         Some(Protection { trust, any_parameters: !options.strict })
     };
     let target = Target { address, name: ServerName::try_from(name).context("the server's name")?, tls };
-    let mut load = Load::of(options.kind, Duration::from_secs_f64(options.seconds));
-    load.connections = options.connections.unwrap_or(load.connections);
+    let mut load = Load::of(options.kind, options.seconds);
+    load.connections = options.connections.map_or(load.connections, NonZeroUsize::get);
     load.rate = options.rate;
     load.upload_bytes = options.upload_mib << 20;
     load.transfer_bytes = options.transfer_kib << 10;
@@ -351,7 +365,16 @@ fn put_load(options: &LoadOptions) -> Result<()> {
     } else {
         say(&load, &outcome);
     }
-    Ok(())
+    Ok(if outcome.failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// A time in seconds.
+fn seconds(text: &str) -> Result<Duration, String> {
+    let seconds: f64 = text.parse().map_err(|_| "not a number of seconds".to_owned())?;
+    match Duration::try_from_secs_f64(seconds) {
+        Ok(time) if !time.is_zero() => Ok(time),
+        _ => Err("a time above 0 s".into()),
+    }
 }
 
 /// Latency by its names, in µs; none where the kind has none.
@@ -379,6 +402,9 @@ fn said_to_a_script(load: &Load, outcome: &Outcome) -> serde_json::Value {
         "seconds": seconds,
         "units_per_second": outcome.units as f64 / seconds,
         "resumed": outcome.resumed,
+        "reopened": outcome.reopened,
+        "failed": outcome.failed,
+        "failure": outcome.failure,
         "latency_us": latency,
     })
 }
@@ -390,6 +416,9 @@ fn say(load: &Load, outcome: &Outcome) {
             let mib = outcome.units as f64 / f64::from(1 << 20);
             println!("{mib:.0} MiB in {seconds:.2} s: {:.1} MiB/s", mib / seconds);
         }
+        load::Unit::Connection if load.kind == Kind::Idle => {
+            println!("{} connections were held for {seconds:.2} s", outcome.units);
+        }
         load::Unit::Connection | load::Unit::Request => {
             println!("{} in {seconds:.2} s: {:.1} per second", outcome.units, outcome.units as f64 / seconds);
         }
@@ -400,6 +429,12 @@ fn say(load: &Load, outcome: &Outcome) {
     let latency: Vec<String> = latencies(outcome).into_iter().map(|(name, us)| format!("{name} {us} µs")).collect();
     if !latency.is_empty() {
         println!("latency: {}", latency.join(", "));
+    }
+    if outcome.reopened > 0 {
+        println!("{} connections were opened anew where the server had ended the last", outcome.reopened);
+    }
+    if let Some(failure) = &outcome.failure {
+        println!("{} FAILED, the first of them: {failure}", outcome.failed);
     }
 }
 

@@ -95,6 +95,8 @@ pub fn run(plan: &Plan) -> Result<Run> {
         protection: "TLS 1.3, TLS_AES_256_GCM_SHA384, X25519MLKEM768, ECDSA P-256".into(),
         call_ns,
         open_rate: None,
+        idle_connections: Some(plan.idle_connections),
+        upload_bytes: Some(plan.upload_bytes),
     };
     let mut run = Run {
         format: FORMAT,
@@ -164,7 +166,10 @@ impl Measuring<'_> {
         let share = closed.len() as f64 / (closed.len() + open.len()) as f64;
         self.rounds(&closed, self.plan.budget.mul_f64(share), &mut progress)?;
         if self.plan.limit {
-            self.run.limit = Some(self.limit(&progress)?);
+            match self.limit(&progress) {
+                Ok(limit) => self.run.limit = Some(limit),
+                Err(error) => self.remark(&format!("limit: left out: {error:#}")),
+            }
         }
         if !open.is_empty() {
             let best = self.run.best_peer(Kind::Request, Figure::Rate).and_then(|s| s.median(Figure::Rate));
@@ -235,14 +240,22 @@ impl Measuring<'_> {
         Ok(())
     }
 
-    fn start_all(&self) -> Result<Vec<Started>> {
-        let started = self.peers.iter().map(|peer| self.setup.start(*peer)).collect();
+    /// All that start; a round may be without one.
+    fn start_all(&mut self, number: usize) -> Vec<Started> {
+        let mut all = Vec::with_capacity(self.peers.len());
+        for peer in self.peers.clone() {
+            match self.setup.start(peer) {
+                Ok(started) => all.push(started),
+                Err(error) => self.remark(&format!("round {}: {}: {error:#}", number + 1, peer.name())),
+            }
+        }
         std::thread::sleep(SETTLE);
-        started
+        all
     }
 
     fn round(&mut self, number: usize, works: &[Work], progress: &mut Progress) -> Result<()> {
-        let shared = self.start_all()?;
+        let shared = self.start_all(number);
+        ensure!(!shared.is_empty(), "no peer starts any more: {}", self.run.remarks.join("; "));
         if self.plan.counted
             && let Some(first) = works.first()
         {
@@ -253,17 +266,17 @@ impl Measuring<'_> {
         for work in works {
             let load = self.load(*work);
             // Memory is asked of programs that have done nothing yet: what earlier work has freed would be taken again.
-            let fresh = if work.kind.holds_memory() { Some(self.start_all()?) } else { None };
+            let fresh = work.kind.holds_memory().then(|| self.start_all(number));
             let started = fresh.as_ref().unwrap_or(&shared);
             // Another one comes first in each round.
             let mut order: Vec<&Started> = started.iter().collect();
-            order.rotate_left(number % started.len());
+            order.rotate_left(number % started.len().max(1));
             for peer in order {
                 progress.step(&format!("round {}, {}, {}", number + 1, work.name(), peer.peer.name()));
                 std::thread::sleep(PAUSE);
                 let told = self.plan.counted.then(|| work.name());
                 match measure(&self.setup, peer, &load, self.run.settings.call_ns, told.as_deref()) {
-                    Ok(round) => self.keep(*work, peer.peer, round),
+                    Ok(round) => self.keep(*work, peer.peer, Round { number: Some(number), ..round }),
                     Err(error) => {
                         let said = peer.process.said();
                         progress.note(&format!("{}: {error:#}; it said: {said}", peer.peer.name()));
@@ -284,6 +297,8 @@ impl Measuring<'_> {
         load.transfer_bytes = work.bytes.unwrap_or(load.transfer_bytes);
         if work.kind == Kind::Idle {
             load.connections = self.plan.idle_connections;
+            // What they hold does not change while they wait.
+            load.duration = Duration::ZERO;
         }
         if let Some(rate) = self.run.settings.open_rate {
             load.rate = rate;
@@ -386,6 +401,9 @@ fn measure(
         println!("COUNTED {name} {} {units}", started.peer.name());
     }
     let outcome = outcome?;
+    if let Some(failure) = &outcome.failure {
+        bail!("{} of {} failed, the first: {failure}", outcome.failed, load.kind.name());
+    }
     let at = |mark: Mark| usages.iter().find(|(m, _)| *m == mark).map(|(_, usage)| usage);
     let (Some(before), Some(begin), Some(end)) = (at(Mark::Before), at(Mark::Begin), at(Mark::End)) else {
         bail!("the run told not when it began and ended");
@@ -398,6 +416,7 @@ fn measure(
     let latency = &outcome.latency;
     let percentile = |share: f64| latency.value_at_quantile(share) as f64;
     Ok(Round {
+        number: None,
         units: outcome.units,
         seconds: outcome.elapsed.as_secs_f64(),
         cpu_ns: cpu.total_ns as f64 - excess,

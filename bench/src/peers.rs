@@ -143,7 +143,12 @@ pub struct Programs {
 
 /// Connections that a peer is made ready for.
 const MOST_CONNECTIONS: u64 = 20_000;
-const MODULES: &str = "usr/lib/nginx/modules/ngx_stream_module.so";
+/// Where distributions have nginx's stream module, if it is not built in.
+const STREAM_MODULES: [&str; 3] = [
+    "usr/lib/nginx/modules/ngx_stream_module.so",
+    "usr/lib64/nginx/modules/ngx_stream_module.so",
+    "usr/share/nginx/modules/ngx_stream_module.so",
+];
 /// Where a Debian root has its libraries, on the architectures that we know.
 const LIBRARIES: [&str; 4] =
     ["usr/lib/x86_64-linux-gnu", "lib/x86_64-linux-gnu", "usr/lib/aarch64-linux-gnu", "lib/aarch64-linux-gnu"];
@@ -183,8 +188,9 @@ impl Programs {
         Ok(vec![loader.into(), "--library-path".into(), folders, file.into()])
     }
 
-    fn stream_module(&self) -> PathBuf {
-        self.root.as_deref().unwrap_or(Path::new("/")).join(MODULES)
+    fn stream_module(&self) -> Option<PathBuf> {
+        let root = self.root.as_deref().unwrap_or(Path::new("/"));
+        STREAM_MODULES.map(|path| root.join(path)).into_iter().find(|path| path.exists())
     }
 
     /// The first line of what it says about its version.
@@ -329,8 +335,8 @@ impl Setup {
         let folder = folder.display();
         let mut text = String::new();
         let stream = matches!(peer, Peer::NginxStream | Peer::NginxStreamKtls);
-        if stream {
-            let _ = writeln!(text, "load_module {};", self.programs.stream_module().display());
+        if stream && let Some(module) = self.programs.stream_module() {
+            let _ = writeln!(text, "load_module {};", module.display());
         }
         if is_root() {
             text.push_str("user root;\n");

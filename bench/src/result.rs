@@ -48,6 +48,11 @@ pub struct Settings {
     pub call_ns: Option<(f64, f64)>,
     /// Requests per second of the open loop.
     pub open_rate: Option<f64>,
+    /// Connections of `idle`, and what each of `up` and `both` sends; absent from files of earlier versions.
+    #[serde(default)]
+    pub idle_connections: Option<usize>,
+    #[serde(default)]
+    pub upload_bytes: Option<u64>,
 }
 
 /// One peer under one kind of work, in all rounds.
@@ -72,6 +77,10 @@ pub struct Point {
 /// One measurement.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct Round {
+    /// Which round of the run it was, from 0: one that failed leaves a gap. Absent from files of earlier versions, where it
+    /// is the place in the series.
+    #[serde(default)]
+    pub number: Option<usize>,
     /// Connections, requests or bytes.
     pub units: u64,
     pub seconds: f64,
@@ -179,7 +188,17 @@ impl Round {
 /// Bytes.
 pub const GIB: f64 = (1_u64 << 30) as f64;
 
+/// Rounds with their numbers, by which those of other series are found: a shared disturbance meets all of one number.
+pub fn numbered(rounds: &[Round]) -> impl Iterator<Item = (usize, &Round)> {
+    rounds.iter().enumerate().map(|(place, round)| (round.number.unwrap_or(place), round))
+}
+
 impl Series {
+    /// The round of a number, unless it failed.
+    pub fn round(&self, number: usize) -> Option<&Round> {
+        numbered(&self.rounds).find(|(known, _)| *known == number).map(|(_, round)| round)
+    }
+
     /// One figure of every round.
     pub fn values(&self, figure: Figure) -> Vec<f64> {
         self.rounds.iter().filter_map(|round| round.figure(figure, self.kind)).collect()
@@ -247,7 +266,7 @@ impl Run {
     /// How many times better tlsplice is than a peer, round by round: a shared disturbance meets both.
     pub fn advantage(&self, kind: Kind, figure: Figure, ours: &str, peer: &str) -> Vec<f64> {
         let (Some(ours), Some(theirs)) = (self.series(kind, ours), self.series(kind, peer)) else { return Vec::new() };
-        let pairs = ours.rounds.iter().zip(&theirs.rounds);
+        let pairs = numbered(&ours.rounds).filter_map(|(number, round)| Some((round, theirs.round(number)?)));
         let values = pairs.filter_map(|(a, b)| Some((a.figure(figure, kind)?, b.figure(figure, kind)?)));
         values.map(|(a, b)| if figure.less_is_better() { b / a } else { a / b }).collect()
     }

@@ -59,7 +59,7 @@ pub fn command(options: &Options) -> Result<i32> {
     if !has("--tlsplice") {
         words.extend(["--tlsplice".into(), tlsplice.into()]);
     }
-    if !has("--peers-root") {
+    if !has("--peers-root") && (!has("--peers") || names_another(&options.arguments)) {
         words.extend(["--peers-root".into(), peers::newest()?.into()]);
     }
     let place = match options.kernel {
@@ -93,6 +93,14 @@ pub fn command(options: &Options) -> Result<i32> {
     }
 }
 
+/// Whether any peer beside tlsplice is asked for.
+fn names_another(arguments: &[OsString]) -> bool {
+    let mut words = arguments.iter().map(|word| word.to_string_lossy());
+    let names = words.clone().find_map(|word| Some(word.strip_prefix("--peers=")?.to_owned()));
+    let names = names.or_else(|| words.by_ref().skip_while(|word| word != "--peers").nth(1).map(Into::into));
+    names.is_some_and(|names| names.split(',').any(|name| !name.starts_with("tlsplice")))
+}
+
 fn build(programs: &[&str]) -> Result<PathBuf> {
     let mut build = Command::new(cargo());
     build.args(["build", "--release"]).current_dir(workspace());
@@ -121,4 +129,18 @@ fn commit() -> String {
     let Ok(commit) = git(&["rev-parse", "--short=12", "HEAD"]) else { return "unknown".into() };
     let changed = git(&["status", "--porcelain", "--untracked-files=no"]).is_ok_and(|text| !text.trim().is_empty());
     format!("{}{}", commit.trim(), if changed { " and changes" } else { "" })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn peers_are_fetched_only_for_those_who_ask() {
+        let asks = |words: &[&str]| names_another(&words.iter().map(OsString::from).collect::<Vec<_>>());
+        assert!(!asks(&["--quick", "--peers", "tlsplice,tlsplice-http", "--limit"]));
+        assert!(!asks(&["--peers=tlsplice"]));
+        assert!(asks(&["--peers", "tlsplice,hitch"]));
+        assert!(asks(&["--peers=nginx-http", "--quick"]));
+    }
 }

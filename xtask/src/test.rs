@@ -47,6 +47,9 @@ pub struct Options {
     filter: Option<String>,
 }
 
+/// Crates with tests inside.
+const UNIT_TESTED: &[&str] = &["tlsplice", "tlsplice-bench", "tlsplice-tests", "xtask"];
+
 /// Where tests run.
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Place {
@@ -194,7 +197,8 @@ fn joined<T>(result: thread::Result<Result<T>>) -> Result<T> {
 /// The tests inside the crates.
 fn unit_tests(filter: Option<&str>) -> Result<Report> {
     let mut cargo = Command::new(first_process::cargo());
-    cargo.args(["test", "--package", "tlsplice", "--package", "xtask", "--lib", "--bin", "xtask", "--"]);
+    cargo.arg("test").args(UNIT_TESTED.iter().flat_map(|package| ["--package", package]));
+    cargo.args(["--lib", "--bin", "xtask", "--"]);
     cargo.args(filter).current_dir(first_process::workspace());
     let started = Instant::now();
     let mut report = Report::default();

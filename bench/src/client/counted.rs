@@ -1,6 +1,6 @@
 //! Counts the payload of a TLS stream without decrypting it: a record's header says how long it is.
 
-use super::RECORD_HEADER_BYTES;
+use super::{Answer, RECORD_HEADER_BYTES};
 use anyhow::{Context, Result};
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpStream};
@@ -13,12 +13,15 @@ pub struct Counted {
     socket: TcpStream,
     records: Option<Records>,
     payload: u64,
+    length: Option<u64>,
 }
 
 impl Counted {
-    /// Goes on with a connection of which some bytes were read already. Without an overhead per record it has no records.
-    pub(super) fn new(socket: TcpStream, overhead: Option<u64>, already: &[u8]) -> Self {
-        let mut counted = Self { socket, records: overhead.map(Records::new), payload: 0 };
+    /// Goes on with an answer whose head is in, and of which some bytes were read already. Without an overhead per record
+    /// there are no records.
+    pub(super) fn new(socket: TcpStream, overhead: Option<u64>, answer: &Answer, already: &[u8]) -> Self {
+        let payload = answer.head().map_or(0, |(_, taken)| taken);
+        let mut counted = Self { socket, records: overhead.map(Records::new), payload, length: answer.length() };
         counted.take(already);
         counted
     }
@@ -34,14 +37,15 @@ impl Counted {
         Ok(Some(self.payload - before))
     }
 
-    /// Payload so far, the answer's head included.
+    /// What has come of the answer's body.
     pub fn payload(&self) -> u64 {
         self.payload
     }
 
-    /// Whether no record has come in part.
-    pub fn is_between_records(&self) -> bool {
-        self.records.as_ref().is_none_or(|records| records.have == 0 && records.body_left == 0)
+    /// Whether the body has come whole, and no other record in part.
+    pub fn is_whole(&self) -> bool {
+        self.length.is_some_and(|length| self.payload >= length)
+            && self.records.as_ref().is_none_or(|records| records.have == 0 && records.body_left == 0)
     }
 
     /// Sends what was sealed as a goodbye, and the FIN.

@@ -1,13 +1,12 @@
 //! Connections that are opened for one small answer and closed again.
 
-use super::{Count, Kind, Load, Mark, Outcome, drive};
+use super::{Kind, Load, Mark, Outcome, drive};
 use crate::client::{Session, Sessions, Target};
 use anyhow::Result;
-use std::time::Instant;
 
 pub fn run(target: &Target, load: &Load, on_mark: &mut dyn FnMut(Mark) -> Result<()>) -> Result<Outcome> {
     let sessions = if load.kind == Kind::Resumed { Sessions::Resumed } else { Sessions::Fresh };
-    let request = load.request();
+    let request = load.request(target);
     let once = |config: Option<&std::sync::Arc<rustls::ClientConfig>>| -> Result<bool> {
         let mut session = Session::open(target, config)?;
         session.exchange(&request)?;
@@ -23,14 +22,11 @@ pub fn run(target: &Target, load: &Load, on_mark: &mut dyn FnMut(Mark) -> Result
         once(config.as_ref())?;
         Ok(config)
     };
-    drive(load.connections, load.duration, on_mark, prepare, |config, window| {
-        let mut count = Count::new();
-        while Instant::now() < window.end {
-            let since = Instant::now();
+    drive(load.connections, load.duration, on_mark, prepare, |config, window, count| {
+        count.until(window, |count| {
             count.resumed += u64::from(once(config.as_ref())?);
-            count.took(since);
-            count.units += 1;
-        }
-        Ok(count)
+            Ok(())
+        });
+        Ok(())
     })
 }

@@ -5,8 +5,10 @@
 //! Tens are begun until the time is up and then finished: a large answer more or less would be the whole difference.
 
 use super::{Count, Load, Mark, Outcome, drive};
-use crate::client::{Session, Sessions, Target, get};
+use crate::client::{Session, Sessions, Target};
 use anyhow::Result;
+use rustls::ClientConfig;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
@@ -18,30 +20,33 @@ const LARGE_BYTES: u64 = 8 << 20;
 const STRIDE: u64 = 7;
 
 pub fn run(target: &Target, load: &Load, on_mark: &mut dyn FnMut(Mark) -> Result<()>) -> Result<Outcome> {
-    let (small, large) = (load.request(), get(LARGE_BYTES));
+    let (small, large) = (load.request(target), target.get(LARGE_BYTES));
     let tens = AtomicU64::new(0);
     let prepare = |_: usize| {
         let config = target.config(Sessions::Fresh)?;
         Session::open(target, config.as_ref())?.exchange(&small)?;
         Ok(config)
     };
-    drive(load.connections, load.duration, on_mark, prepare, |config, window| {
-        let mut count = Count::new();
-        while Instant::now() < window.end {
-            let mut until_large = large_place(tens.fetch_add(1, Ordering::Relaxed));
-            for requests in CONNECTIONS {
-                let mut session = Session::open(target, config.as_ref())?;
-                for _ in 0..requests {
-                    let since = Instant::now();
-                    session.exchange(if until_large == 0 { &large } else { &small })?;
-                    until_large = until_large.wrapping_sub(1);
-                    count.took(since);
-                    count.units += 1;
-                }
-                session.finish()?;
+    let ten = |config: Option<&Arc<ClientConfig>>, count: &mut Count| -> Result<()> {
+        let mut until_large = large_place(tens.fetch_add(1, Ordering::Relaxed));
+        for requests in CONNECTIONS {
+            let mut session = Session::open(target, config)?;
+            for _ in 0..requests {
+                let since = Instant::now();
+                session.exchange(if until_large == 0 { &large } else { &small })?;
+                until_large = until_large.wrapping_sub(1);
+                count.took(since);
+                count.units += 1;
             }
+            session.finish()?;
         }
-        Ok(count)
+        Ok(())
+    };
+    drive(load.connections, load.duration, on_mark, prepare, |config, window, count| {
+        while Instant::now() < window.end {
+            ten(config.as_ref(), count)?;
+        }
+        Ok(())
     })
 }
 

@@ -1,8 +1,9 @@
 //! Connections that hold memory: those that wait, and those whose client reads slowly.
 
-use super::{Count, Load, Mark, Outcome, drive};
-use crate::client::{Counted, Session, Sessions, Target};
-use anyhow::{Context, Result};
+use super::download::Download;
+use super::{Load, Mark, Outcome, drive};
+use crate::client::{Session, Sessions, Target};
+use anyhow::Result;
 use std::time::{Duration, Instant};
 
 /// Threads that open and hold connections.
@@ -13,9 +14,9 @@ const SETTLE: Duration = Duration::from_millis(200);
 const SLOW_READ_BYTES: usize = 16 << 10;
 const SLOW_PAUSE: Duration = Duration::from_millis(10);
 
-/// All stay open between the marks; one request has gone through each.
+/// All stay open between the marks; one request has gone through each. One that the server has ended meanwhile has failed.
 pub fn idle(target: &Target, load: &Load, on_mark: &mut dyn FnMut(Mark) -> Result<()>) -> Result<Outcome> {
-    let request = load.request();
+    let request = load.request(target);
     let prepare = |index: usize| {
         let config = target.config(Sessions::Fresh)?;
         let mut held = Vec::new();
@@ -26,37 +27,37 @@ pub fn idle(target: &Target, load: &Load, on_mark: &mut dyn FnMut(Mark) -> Resul
         }
         Ok(held)
     };
-    drive(THREADS, load.duration, on_mark, prepare, |held, _| {
-        std::thread::sleep(SETTLE);
-        let mut count = Count::new();
-        count.units = held.len() as u64;
-        Ok(count)
+    drive(THREADS, load.duration, on_mark, prepare, |held, window, count| {
+        std::thread::sleep(SETTLE.max(window.end.saturating_duration_since(Instant::now())));
+        for session in held {
+            match session.is_idle() {
+                Ok(()) => count.units += 1,
+                Err(error) => count.failed(&error),
+            }
+        }
+        Ok(())
     })
 }
 
 /// Each client reads a piece, then waits; the upstream would send as fast as it can.
 pub fn slow(target: &Target, load: &Load, on_mark: &mut dyn FnMut(Mark) -> Result<()>) -> Result<Outcome> {
-    let request = load.request();
     let prepare = |index: usize| {
-        let config = target.config(Sessions::Fresh)?;
         let mut held = Vec::new();
         for _ in (index..load.connections).step_by(THREADS) {
-            let mut session = Session::open(target, config.as_ref())?;
-            session.send(&request)?;
-            held.push(session.count_only()?);
+            held.push(Download::open(target, load)?);
         }
         std::thread::sleep(SETTLE);
         Ok(held)
     };
-    drive(THREADS, load.duration, on_mark, prepare, |held: &mut Vec<Counted>, window| {
-        let mut count = Count::new();
+    drive(THREADS, load.duration, on_mark, prepare, |held: &mut Vec<Download<'_>>, window, count| {
         let mut scratch = vec![0; SLOW_READ_BYTES];
         while Instant::now() < window.end {
-            for counted in held.iter_mut() {
-                count.units += counted.receive(&mut scratch)?.context("a slow download ended")?;
+            for download in held.iter_mut() {
+                count.units += download.receive(&mut scratch)?;
             }
             std::thread::sleep(SLOW_PAUSE);
         }
-        Ok(count)
+        count.reopened = held.iter().map(Download::reopened).sum();
+        Ok(())
     })
 }

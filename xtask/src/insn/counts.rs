@@ -145,7 +145,7 @@ impl Counts {
         fs::write(file, text + "\n").with_context(|| format!("write {}", file.display()))
     }
 
-    /// Whether tlsplice takes no more than recorded.
+    /// Whether tlsplice takes no more than recorded, and does all that was tried.
     pub fn check(&self, file: &Path, series: &str) -> Result<bool> {
         let all = recorded(file)?;
         let figures = all.get(series).with_context(|| format!("{} has no Linux {series}", file.display()))?;
@@ -158,6 +158,11 @@ impl Counts {
             let verdict = if factor > 1.0 + TOLERANCE { "MORE THAN RECORDED" } else { "as recorded" };
             good &= factor <= 1.0 + TOLERANCE;
             progress::line(&format!("{peer} {kind}: {factor:.3} times the recorded figure: {verdict}"));
+        }
+        let failed = self.0.iter().filter(|((peer, _), counts)| peer.starts_with("tlsplice") && counts.is_empty());
+        for ((peer, kind), _) in failed {
+            good = false;
+            progress::line(&format!("{peer} {kind}: it came to nothing"));
         }
         ensure!(compared > 0, "nothing that was counted is recorded in {}", file.display());
         Ok(good)
