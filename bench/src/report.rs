@@ -5,7 +5,7 @@
 use crate::curve::{self, Curve};
 use crate::load::Kind;
 use crate::measure;
-use crate::result::{Figure, Run, aim, is_own};
+use crate::result::{Figure, Run, Series, aim, is_own};
 use crate::statistics;
 use crate::table::number;
 use std::fmt::Write as _;
@@ -136,15 +136,39 @@ fn cards(run: &Run, title: &str, figure: Figure, only: &[Kind]) -> String {
         let by = |a: &Line, b: &Line| a.median.total_cmp(&b.median);
         lines.sort_by(|a, b| if figure.less_is_better() { by(a, b) } else { by(b, a) });
         let better = if figure.less_is_better() { "less is better" } else { "more is better" };
+        let rate = match (kind, run.settings.open_rate) {
+            (Kind::OpenLoop, Some(rate)) => format!(" at {rate:.0} requests/s"),
+            _ => String::new(),
+        };
         let _ = write!(
             cards,
-            "<section class=card><h3>{}</h3><p class=soft>{}; {better}</p>{}</section>",
+            "<section class=card><h3>{}</h3><p class=soft>{}{rate}; {better}</p>{}{}</section>",
             heading(kind),
             escaped(figure.unit(kind)),
-            plot(&lines)
+            plot(&lines),
+            doubts(run, kind, figure)
         );
     }
     if cards.is_empty() { cards } else { format!("<h2>{title}</h2><div class=cards>{cards}</div>") }
+}
+
+/// What a reader has to know of some series.
+fn doubts(run: &Run, kind: Kind, figure: Figure) -> String {
+    let those = |is_one: fn(&Series) -> bool| {
+        let found = run.series.iter().filter(|series| series.kind == kind && is_one(series));
+        found.map(|series| series.peer.as_str()).collect::<Vec<_>>().join(", ")
+    };
+    let mut text = String::new();
+    let mut say = |what: &str, peers: String| {
+        if !peers.is_empty() {
+            let _ = write!(text, "<p class=soft>{what}: {}</p>", escaped(&peers));
+        }
+    };
+    say("fewer than 9 of 10 connections were resumed", those(|series| !series.is_what_it_says()));
+    if figure == Figure::Cpu {
+        say("rough, more than half was taken off for system calls", those(Series::is_rough));
+    }
+    text
 }
 
 /// A card for each way and direction: what it costs at each size, as a multiple of userspace's cost.

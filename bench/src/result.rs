@@ -208,6 +208,12 @@ impl Series {
         statistics::median(&self.values(figure))
     }
 
+    /// Whether resumption took place where it was asked for, in 9 of 10 connections at least: otherwise something else was
+    /// measured than the title says.
+    pub fn is_what_it_says(&self) -> bool {
+        self.kind != Kind::Resumed || self.rounds.iter().all(|round| round.resumed * 10 >= round.units * 9)
+    }
+
     /// Whether most of the CPU time is a correction, not a measurement.
     pub fn is_rough(&self) -> bool {
         let left: Vec<f64> = self.rounds.iter().map(|round| round.cpu_ns / round.gross_cpu_ns).collect();

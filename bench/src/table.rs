@@ -95,9 +95,7 @@ fn per_peer(run: &Run, title: &str, figure: Figure) -> String {
         for kind in &kinds {
             let series = run.series(*kind, peer);
             let value = series.and_then(|series| series.median(figure)).map_or_else(|| "-".into(), number);
-            // A resumption that did not take place is another measurement than the title says.
-            let all_resumed = series.is_none_or(|s| s.rounds.iter().all(|r| r.resumed * 10 >= r.units * 9));
-            let mark = if *kind == Kind::Resumed && !all_resumed { "*" } else { "" };
+            let mark = if series.is_none_or(Series::is_what_it_says) { "" } else { "*" };
             let rough = if figure == Figure::Cpu && series.is_some_and(Series::is_rough) { "~" } else { "" };
             row.push(format!("{rough}{value}{mark}"));
         }
