@@ -155,8 +155,9 @@ fn cards(run: &Run, title: &str, figure: Figure, only: &[Kind]) -> String {
 /// What a reader has to know of some series.
 fn doubts(run: &Run, kind: Kind, figure: Figure) -> String {
     let those = |is_one: fn(&Series) -> bool| {
-        let found = run.series.iter().filter(|series| series.kind == kind && is_one(series));
-        found.map(|series| series.peer.as_str()).collect::<Vec<_>>().join(", ")
+        let all: Vec<&Series> = run.series.iter().filter(|series| series.kind == kind).collect();
+        let found: Vec<&str> = all.iter().filter(|series| is_one(series)).map(|series| series.peer.as_str()).collect();
+        if found.len() == all.len() { "all".into() } else { found.join(", ") }
     };
     let mut text = String::new();
     let mut say = |what: &str, peers: String| {
