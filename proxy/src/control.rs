@@ -13,7 +13,6 @@ pub mod start;
 pub mod upkeep;
 
 use crate::exit::Failure;
-use crate::tls::source::Source;
 use crate::worker::Worker;
 use admin::Admin;
 use notify::{State, notify};
@@ -24,9 +23,10 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::task::JoinHandle;
+use upkeep::Look;
 
-/// How often is looked whether every worker lives.
-const LOOK_AFTER_WORKERS: Duration = Duration::from_secs(1);
+/// How often is looked whether every worker lives and every staple lasts.
+const LOOK_AFTER: Duration = Duration::from_secs(1);
 
 /// The signals that end it.
 struct Signals {
@@ -74,11 +74,11 @@ impl Terminator {
         tokio::pin!(until);
         let mut reading: Option<JoinHandle<Result<Fresh, Failure>>> = None;
         let mut again = false;
-        let mut look_after = tokio::time::interval(LOOK_AFTER_WORKERS);
+        let mut look_after = tokio::time::interval(LOOK_AFTER);
         if let Some(tickets) = self.tickets.take() {
             tokio::spawn(tickets.run());
         }
-        let mut looking: Option<JoinHandle<Source>> = None;
+        let mut looking: Option<JoinHandle<Look>> = None;
         let mut stapling = None;
         let mut next_staples = Box::pin(tokio::time::sleep(Duration::ZERO));
         let mut next_look = Box::pin(tokio::time::sleep(self.next_look()));
@@ -108,10 +108,10 @@ impl Terminator {
                         next_look = Box::pin(tokio::time::sleep(upkeep::SLOW_LOOK));
                     }
                 }
-                source = finished_of(&mut looking) => {
+                look = finished_of(&mut looking) => {
                     looking = None;
-                    if let Some(source) = source {
-                        self.looked(&source);
+                    if let Some(look) = look {
+                        self.looked(&look);
                     }
                     next_look = Box::pin(tokio::time::sleep(self.next_look()));
                 }
@@ -126,6 +126,7 @@ impl Terminator {
                 name = signals.end() => break Err(name),
                 _ = look_after.tick() => {
                     admin.keep();
+                    self.drop_ended_staples();
                     if self.workers.iter().any(Worker::is_finished) {
                         // The others still have connections; whoever started this process starts it again.
                         break Err("a worker has died");

@@ -6,7 +6,7 @@
 //! stays are not touched; only its settings change. Connections keep what they started with.
 
 use super::notify::{State, notify};
-use super::staples::Staples;
+use super::staples::{self, Answers, Staples};
 use super::start::{Loaded, Terminator, read_certificates, read_config, refuse_if_required};
 use super::upkeep::Watched;
 use crate::accept::SYN_GRACE;
@@ -28,6 +28,7 @@ const CLOSING_SLACK: Duration = Duration::from_millis(500);
 pub(super) struct Fresh {
     config: Config,
     loaded: Loaded,
+    answers: Answers,
 }
 
 impl Fresh {
@@ -39,7 +40,8 @@ impl Fresh {
             // What is served is as good as the copy.
             return Err(Failure::Usage(format!("the certificates cannot be served:\n{faults}")));
         }
-        Ok(Self { config, loaded })
+        let answers = staples::beside_all(&loaded.certificates, config.tls.ocsp);
+        Ok(Self { config, loaded, answers })
     }
 }
 
@@ -63,10 +65,10 @@ impl Terminator {
     }
 
     async fn apply(&mut self, fresh: Fresh) -> Result<(), Failure> {
-        let Fresh { mut config, loaded: Loaded { certificates, source, .. } } = fresh;
+        let Fresh { mut config, loaded: Loaded { certificates, source, .. }, answers } = fresh;
         refuse_if_required(&config, &self.kernel)?;
         let grade = self.refuse_lower_grade(&config, &certificates).map_err(Failure::Usage)?;
-        let certificates = self.stapled(certificates, config.tls.ocsp);
+        let certificates = self.staples.put_to(certificates, &answers, &config.tls);
         let tls = policy::server_config(&config.tls, certificates.resolver(), &self.resumption)
             .map_err(|e| Failure::Usage(format!("[tls]: {e}")))?;
         let new = added(&self.config, &config);

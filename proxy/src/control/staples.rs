@@ -1,42 +1,42 @@
 //! Staples: one for each chain, from the file beside it or from its responder.
 //!
-//!   file beside the chain ─good?─▶ staple            past half of its life ─▶ responder ─▶ verified ─▶ file, for the fleet
+//!   file beside the chain ─good?─▶ staple            past half of its life ─▶ responder ─▶ verified, newer ─▶ file, for the fleet
 //!                         └─no─▶ responder, with back-off
 //!
+//!   each second: what has ended is stapled no more, whether a check runs or hangs
+//!
 //! Whatever is not good and current is not stapled. A certificate without a responder misses nothing: that is normal.
-//! Runs on the control thread; files are read and written on threads of their own.
+//! Runs on the control thread; `check` asks files and responders without holding it up.
+
+mod check;
 
 use super::start::Terminator;
 use super::upkeep::jittered;
-use crate::config::Ocsp;
+use crate::config::{Ocsp, Tls};
 use crate::tls::certificates::{Certificates, Served};
 use crate::tls::judge::Shape;
 use crate::tls::ocsp::{self, Staple};
 use crate::tls::source::STAPLE_ENDING;
 use crate::tls::x509::Seen;
-use http_body_util::{BodyExt, Full, Limited};
-use hyper::body::Bytes;
+use check::{Asked, Checked, Files, Item, check};
 use std::collections::HashMap;
-use std::fs::{self, OpenOptions};
-use std::io::{self, Write};
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use tokio::task::JoinHandle;
 
-/// One question, from the name's look-up to the last byte.
-const FETCH_TIMEOUT: Duration = Duration::from_secs(10);
-const ANSWER_MAX_BYTES: usize = 64 << 10;
 /// The longest wait before a responder that fails is asked again: ten minutes by default.
 const RETRY_MAX_POLLS: u32 = 60;
 const RETRY_FIRST_POLLS: u32 = 3;
 /// A staple that ends within so many polls is not stapled any more.
 const MARGIN_POLLS: u32 = 2;
+/// Nor one that ends before the next look, for times are whole seconds.
+const MARGIN_SECONDS: u64 = super::LOOK_AFTER.as_secs();
 
 /// What is known of one certificate's staple.
 #[derive(Default)]
 struct Known {
     staple: Option<Staple>,
+    /// Questions in a row that have brought nothing of use.
     failures: u32,
     not_before: Option<Instant>,
     said: Option<String>,
@@ -47,25 +47,13 @@ type Id = Vec<u8>;
 
 /// All of them.
 #[derive(Default)]
-pub(super) struct Staples(HashMap<Id, Known>);
-
-/// One certificate to look after.
-pub(super) struct Item {
-    id: Id,
-    leaf: Seen,
-    issuer: Seen,
-    file: PathBuf,
-    held: Option<Staple>,
-    /// The responder may be asked.
-    may_fetch: bool,
+pub(super) struct Staples {
+    known: HashMap<Id, Known>,
+    files: Files,
 }
 
-/// What came of it.
-pub(super) struct Checked {
-    id: Id,
-    staple: Option<Staple>,
-    fetched: Option<Result<(), String>>,
-}
+/// What lies beside chains, by the staple's file.
+pub(super) type Answers = HashMap<PathBuf, Vec<u8>>;
 
 fn id(leaf: &Seen) -> Id {
     [leaf.serial.as_slice(), &leaf.key_info].concat()
@@ -73,6 +61,11 @@ fn id(leaf: &Seen) -> Id {
 
 fn now() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs()
+}
+
+/// What ends by then is not stapled.
+fn horizon(poll: Duration) -> u64 {
+    now() + (poll * MARGIN_POLLS).as_secs() + MARGIN_SECONDS
 }
 
 /// The certificate that issued the leaf, if it is in the chain.
@@ -87,29 +80,60 @@ fn staple_file(chain: &Path) -> PathBuf {
     PathBuf::from(name)
 }
 
-/// Staples from the files alone, for the start.
-pub(super) fn from_files(certificates: Certificates, mode: Ocsp) -> Certificates {
-    if mode == Ocsp::Off {
-        return certificates;
-    }
-    let staples: Vec<_> = certificates
-        .served()
-        .iter()
-        .map(|served| {
-            let answer = fs::read(staple_file(&served.certificate_file)).ok()?;
-            ocsp::verify(&answer, served.chain.first()?, issuer(served)?, now()).ok().map(|staple| staple.der)
-        })
-        .collect();
-    certificates.with_staples(&staples)
+/// The one that ends later.
+fn newer(one: Option<Staple>, other: Option<Staple>) -> Option<Staple> {
+    one.into_iter().chain(other).max_by_key(|staple| staple.next_update)
 }
 
-impl Terminator {
-    /// Looks after all staples, without holding anything up.
-    pub(super) fn check_staples(&self) -> JoinHandle<Vec<Checked>> {
-        let mode = self.config.tls.ocsp;
-        let items = self.certificates.served().iter().filter(|_| mode != Ocsp::Off).filter_map(|served| {
+/// Reads what lies beside these chains. Blocks on the file system.
+pub(super) fn beside<'a>(chains: impl Iterator<Item = &'a Path>) -> Answers {
+    let read = |file: PathBuf| check::read(&file).ok().map(|answer| (file, answer));
+    chains.map(staple_file).filter_map(read).collect()
+}
+
+/// The same for all that are served.
+pub(super) fn beside_all(certificates: &Certificates, mode: Ocsp) -> Answers {
+    let wanted = certificates.served().iter().filter(|_| mode != Ocsp::Off);
+    beside(wanted.map(|served| served.certificate_file.as_path()))
+}
+
+impl Staples {
+    /// Puts to certificates that were read anew the better of what is known and what lies beside them.
+    pub(super) fn put_to(&mut self, certificates: Certificates, answers: &Answers, tls: &Tls) -> Certificates {
+        if tls.ocsp == Ocsp::Off {
+            return certificates;
+        }
+        for served in certificates.served() {
+            let Some((leaf, issuer)) = served.chain.first().zip(issuer(served)) else { continue };
+            let answer = answers.get(&staple_file(&served.certificate_file));
+            let beside = answer.and_then(|answer| ocsp::verify(answer, leaf, issuer, now()).ok());
+            let known = self.known.entry(id(leaf)).or_default();
+            known.staple = newer(known.staple.take(), beside);
+        }
+        let staples = self.of(&certificates, horizon(tls.poll));
+        certificates.with_staples(&staples)
+    }
+
+    /// Whether there was any.
+    fn drop_ended(&mut self, horizon: u64) -> bool {
+        let ended = |known: &mut Known| known.staple.take_if(|staple| staple.next_update <= horizon);
+        self.known.values_mut().filter_map(ended).count() > 0
+    }
+
+    /// For each certificate the staple that lasts beyond the horizon.
+    fn of(&self, certificates: &Certificates, horizon: u64) -> Vec<Option<Vec<u8>>> {
+        let of_one = |served: &Served| {
+            let staple = self.known.get(&id(served.chain.first()?))?.staple.as_ref()?;
+            (staple.next_update > horizon).then(|| staple.der.clone())
+        };
+        certificates.served().iter().map(of_one).collect()
+    }
+
+    /// What is to be looked after.
+    fn items(&self, certificates: &Certificates, mode: Ocsp) -> Vec<Item> {
+        let item = |served: &Served| {
             let leaf = served.chain.first()?.clone();
-            let known = self.staples.0.get(&id(&leaf));
+            let known = self.known.get(&id(&leaf));
             let waits = known.and_then(|known| known.not_before).is_some_and(|time| Instant::now() < time);
             Some(Item {
                 id: id(&leaf),
@@ -119,9 +143,53 @@ impl Terminator {
                 may_fetch: mode == Ocsp::Auto && !waits,
                 leaf,
             })
-        });
-        let items: Vec<Item> = items.collect();
-        tokio::spawn(check(items))
+        };
+        certificates.served().iter().filter(|_| mode != Ocsp::Off).filter_map(item).collect()
+    }
+
+    /// Keeps what a check has found, and decides when to ask again.
+    fn settle(&mut self, checked: Vec<Checked>, poll: Duration) {
+        let horizon = horizon(poll);
+        for Checked { id, staple, asked } in checked {
+            let known = self.known.entry(id).or_default();
+            // One that a reload has found meanwhile may be the newer.
+            known.staple = newer(known.staple.take(), staple).filter(|staple| staple.next_update > horizon);
+            match asked {
+                Asked::Nobody => {}
+                Asked::Newer => {
+                    tracing::info!("ocsp: a fresh staple");
+                    known.said = None;
+                    if known.staple.as_ref().is_some_and(|staple| now() < staple.half_life()) {
+                        (known.failures, known.not_before) = (0, None);
+                    } else {
+                        known.back_off(poll);
+                    }
+                }
+                Asked::InVain(reason) => {
+                    known.back_off(poll);
+                    if known.said.as_ref() != Some(&reason) {
+                        tracing::warn!(reason, has_staple = known.staple.is_some(), "ocsp: no fresh staple");
+                        known.said = Some(reason);
+                    }
+                }
+            }
+        }
+    }
+}
+
+impl Known {
+    fn back_off(&mut self, poll: Duration) {
+        self.failures += 1;
+        let polls = RETRY_FIRST_POLLS.saturating_mul(2_u32.saturating_pow(self.failures.min(20)));
+        self.not_before = Some(Instant::now() + jittered(poll * polls.min(RETRY_MAX_POLLS)));
+    }
+}
+
+impl Terminator {
+    /// Looks after all staples, without holding anything up.
+    pub(super) fn check_staples(&self) -> JoinHandle<Vec<Checked>> {
+        let items = self.staples.items(&self.certificates, self.config.tls.ocsp);
+        tokio::spawn(check(items, self.staples.files.clone()))
     }
 
     /// Serves what has changed.
@@ -130,36 +198,20 @@ impl Terminator {
             // They were asked for before a reload that wants none.
             return;
         }
-        let poll = self.config.tls.poll;
-        let margin = (poll * MARGIN_POLLS).as_secs();
-        for Checked { id, staple, fetched } in checked {
-            let known = self.staples.0.entry(id).or_default();
-            known.staple = staple.filter(|staple| staple.next_update > now() + margin);
-            match fetched {
-                Some(Ok(())) => {
-                    (known.failures, known.not_before, known.said) = (0, None, None);
-                    tracing::info!("ocsp: a fresh staple");
-                }
-                Some(Err(reason)) => {
-                    known.failures += 1;
-                    let polls = RETRY_FIRST_POLLS.saturating_mul(2_u32.saturating_pow(known.failures.min(20)));
-                    let wait = poll * polls.min(RETRY_MAX_POLLS);
-                    known.not_before = Some(Instant::now() + jittered(wait));
-                    if known.said.as_ref() != Some(&reason) {
-                        tracing::warn!(reason, has_staple = known.staple.is_some(), "ocsp: no fresh staple");
-                        known.said = Some(reason);
-                    }
-                }
-                None => {}
-            }
-        }
+        self.staples.settle(checked, self.config.tls.poll);
         self.serve_staples();
+    }
+
+    /// Serves no longer what has ended.
+    pub(super) fn drop_ended_staples(&mut self) {
+        if self.staples.drop_ended(horizon(self.config.tls.poll)) {
+            self.serve_staples();
+        }
     }
 
     /// Gives the workers the staples that are good now, if that changes anything.
     fn serve_staples(&mut self) {
-        let wanted: Vec<Option<Vec<u8>>> =
-            self.certificates.served().iter().map(|served| self.staple_of(served)).collect();
+        let wanted = self.staples.of(&self.certificates, horizon(self.config.tls.poll));
         let served = self.certificates.served().iter().map(|served| &served.certified.ocsp);
         if served.eq(wanted.iter()) {
             return;
@@ -171,114 +223,67 @@ impl Terminator {
             Err(error) => tracing::error!(%error, "ocsp: staples could not be served"),
         }
     }
-
-    fn staple_of(&self, served: &Served) -> Option<Vec<u8>> {
-        let known = self.staples.0.get(&id(served.chain.first()?))?;
-        known.staple.as_ref().map(|staple| staple.der.clone())
-    }
-
-    /// The staples that are known, put to certificates that were read anew.
-    pub(super) fn stapled(&self, certificates: Certificates, mode: Ocsp) -> Certificates {
-        if mode == Ocsp::Off {
-            return certificates;
-        }
-        let staples: Vec<_> = certificates.served().iter().map(|served| self.staple_of(served)).collect();
-        if staples.iter().all(Option::is_none) {
-            return from_files(certificates, mode);
-        }
-        certificates.with_staples(&staples)
-    }
 }
 
-async fn check(items: Vec<Item>) -> Vec<Checked> {
-    let mut checked = Vec::with_capacity(items.len());
-    for item in items {
-        checked.push(check_one(item).await);
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::Policy;
+    use crate::tls::ocsp::testing::{Party, good};
+    use crate::tls::policy;
+    use rustls::pki_types::PrivateKeyDer;
+
+    /// A chain with its issuer, from no file.
+    fn chain() -> (Party, Certificates) {
+        let authority = Party::authority();
+        let leaf = authority.issue(rcgen::CertificateParams::new(vec!["a.test".to_owned()]).expect("a DNS name"));
+        let key = PrivateKeyDer::try_from(leaf.key.serialize_der()).expect("PKCS#8");
+        let der = vec![leaf.certificate.der().clone(), authority.certificate.der().clone()];
+        (authority, Certificates::from_der(der, key).expect("a pair"))
     }
-    checked
-}
 
-async fn check_one(item: Item) -> Checked {
-    let Item { id, leaf, issuer, file, held, may_fetch } = item;
-    let path = file.clone();
-    let read = tokio::task::spawn_blocking(move || fs::read(path).ok()).await.ok().flatten();
-    let from_file = read.and_then(|answer| ocsp::verify(&answer, &leaf, &issuer, now()).ok());
-    // What another node, or the operator, has put there may be fresher than what is held.
-    let held = held.filter(|held| held.next_update > now());
-    let best = match (held, from_file) {
-        (Some(held), Some(file)) if file.next_update <= held.next_update => Some(held),
-        (held, file) => file.or(held),
-    };
-    let is_fresh = best.as_ref().is_some_and(|staple| now() < staple.half_life());
-    let Some(responder) = leaf.ocsp_responder.clone().filter(|_| may_fetch && !is_fresh) else {
-        return Checked { id, staple: best, fetched: None };
-    };
-    let answer = match ocsp::request(&leaf, &issuer) {
-        Some(request) => fetch(&responder, request).await,
-        None => Err("the issuer's key cannot be read".to_owned()),
-    };
-    let verified = answer.and_then(|answer| {
-        ocsp::verify(&answer, &leaf, &issuer, now()).map_err(|why| format!("{responder} about {}: {why}", leaf.name()))
-    });
-    match verified {
-        Ok(staple) => {
-            let bytes = staple.der.clone();
-            let written = tokio::task::spawn_blocking(move || write(&file, &bytes)).await;
-            if let Ok(Err(error)) = written {
-                tracing::info!(%error, "ocsp: the staple is kept in this process alone");
-            }
-            Checked { id, staple: Some(staple), fetched: Some(Ok(())) }
-        }
-        Err(reason) => Checked { id, staple: best, fetched: Some(Err(reason)) },
+    fn is_stapled(certificates: &Certificates) -> bool {
+        certificates.served()[0].certified.ocsp.is_some()
     }
-}
 
-/// Beside the chain, whole or not at all.
-fn write(file: &Path, bytes: &[u8]) -> io::Result<()> {
-    let name = file.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
-    let temporary = file.with_file_name(format!(".{name}.{}", std::process::id()));
-    let _ = fs::remove_file(&temporary);
-    let put = || {
-        let mut new = OpenOptions::new().write(true).create_new(true).mode(0o644).open(&temporary)?;
-        new.write_all(bytes)?;
-        new.sync_all()?;
-        fs::rename(&temporary, file)
-    };
-    put().inspect_err(|_| drop(fs::remove_file(&temporary)))
-}
-
-/// Asks a responder by POST (RFC 6960 appendix A.1).
-async fn fetch(url: &str, request: Vec<u8>) -> Result<Vec<u8>, String> {
-    let said = |what: &str, e: &dyn std::fmt::Display| format!("{url}: {what}: {e}");
-    let fetched = tokio::time::timeout(FETCH_TIMEOUT, async {
-        let uri: hyper::Uri = url.parse().map_err(|e| said("address", &e))?;
-        let host = uri.host().ok_or_else(|| format!("{url}: names no host"))?;
-        let plain = host.trim_start_matches('[').trim_end_matches(']');
-        let stream = tokio::net::TcpStream::connect((plain, uri.port_u16().unwrap_or(80)))
-            .await
-            .map_err(|e| said("connect", &e))?;
-        let (mut sender, connection) = hyper::client::conn::http1::handshake(hyper_util::rt::TokioIo::new(stream))
-            .await
-            .map_err(|e| said("connect", &e))?;
-        let serving = tokio::spawn(connection);
-        let authority = uri.authority().map_or(host, |authority| authority.as_str());
-        let path = uri.path_and_query().map_or("/", |path| path.as_str());
-        let request = hyper::Request::post(path)
-            .header(hyper::header::HOST, authority)
-            .header(hyper::header::CONTENT_TYPE, "application/ocsp-request")
-            .body(Full::new(Bytes::from(request)))
-            .map_err(|e| said("request", &e))?;
-        let answered = async {
-            let response = sender.send_request(request).await.map_err(|e| said("request", &e))?;
-            if !response.status().is_success() {
-                return Err(format!("{url}: answers {}", response.status()));
-            }
-            let body = Limited::new(response.into_body(), ANSWER_MAX_BYTES).collect().await;
-            body.map(|body| body.to_bytes().to_vec()).map_err(|e| said("answer", &e))
+    #[test]
+    fn what_ends_soon_is_put_to_no_certificate_whether_it_was_held_or_lies_beside_it() {
+        let (authority, certificates) = chain();
+        let tls = policy::tests::tls(Policy::APlus, &[], &[]);
+        let (leaf, issuer) = (&certificates.served()[0].chain[0], &certificates.served()[0].chain[1]);
+        let margin = horizon(tls.poll) - now();
+        let beside = |left: u64| {
+            let answer = good(leaf, issuer, [now() - 60, now() + left], &authority.key, None);
+            Answers::from([(staple_file(Path::new("")), answer)])
         };
-        let answer = answered.await;
-        serving.abort();
-        answer
-    });
-    fetched.await.unwrap_or_else(|_| Err(format!("{url}: no answer within {} s", FETCH_TIMEOUT.as_secs())))
+        let mut staples = Staples::default();
+        assert!(!is_stapled(&staples.put_to(certificates.clone(), &beside(margin - 5), &tls)));
+        assert!(is_stapled(&staples.put_to(certificates.clone(), &beside(margin + 60), &tls)));
+        // It is known now, and time passes.
+        assert!(is_stapled(&staples.put_to(certificates.clone(), &Answers::new(), &tls)));
+        assert!(!staples.drop_ended(horizon(tls.poll)));
+        let known = staples.known.get_mut(&id(leaf)).and_then(|known| known.staple.as_mut()).expect("known");
+        known.next_update = now() + 1;
+        assert!(!is_stapled(&staples.put_to(certificates.clone(), &Answers::new(), &tls)));
+    }
+
+    #[test]
+    fn an_older_answer_replaces_none_and_one_past_its_half_life_is_not_asked_for_at_every_poll() {
+        let (_, certificates) = chain();
+        let poll = Duration::from_secs(10);
+        let leaf = &certificates.served()[0].chain[0];
+        let staple = |from: u64, to: u64| Staple { der: vec![1], this_update: now() - from, next_update: now() + to };
+        let checked = |staple: &Staple, asked| vec![Checked { id: id(leaf), staple: Some(staple.clone()), asked }];
+        let may_ask = |staples: &Staples| staples.items(&certificates, Ocsp::Auto)[0].may_fetch;
+        let mut staples = Staples::default();
+        let (old, late, fresh) = (staple(2000, 100), staple(1000, 200), staple(0, 900));
+        staples.settle(checked(&late, Asked::Newer), poll);
+        assert!(!may_ask(&staples), "what came is past its half already");
+        staples.settle(checked(&old, Asked::Nobody), poll);
+        assert_eq!(staples.items(&certificates, Ocsp::Auto)[0].held.as_ref(), Some(&late));
+        staples.settle(checked(&fresh, Asked::Newer), poll);
+        assert!(may_ask(&staples));
+        staples.settle(checked(&fresh, Asked::InVain("nothing".to_owned())), poll);
+        assert!(!may_ask(&staples));
+    }
 }

@@ -130,7 +130,9 @@ impl Terminator {
             None => Resumption::of_this_process()
                 .map_err(|e| Failure::Host(format!("make keys for session tickets: {e}")))?,
         };
-        let certificates = staples::from_files(certificates, config.tls.ocsp);
+        let mut staples = Staples::default();
+        let answers = staples::beside_all(&certificates, config.tls.ocsp);
+        let certificates = staples.put_to(certificates, &answers, &config.tls);
         let tls = policy::server_config(&config.tls, certificates.resolver(), &resumption)
             .map_err(|e| Failure::Usage(format!("[tls]: {e}")))?;
         let figures = Arc::new(Figures::default());
@@ -154,7 +156,7 @@ impl Terminator {
             resumption,
             certificates,
             watched,
-            staples: Staples::default(),
+            staples,
             grade,
             tickets,
             ticket_gauges,
@@ -327,5 +329,28 @@ fn warn_of_limits(config: &Config, kernel: &Kernel, open_files: OpenFiles) {
     }
     if config.server.splice == SpliceMode::Ring {
         tracing::debug!("splice runs on the ring's own threads");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_the_shipped_file_names_may_be_written_under_the_shipped_unit() {
+        let unit = include_str!("../../dist/tlsplice.service");
+        let values = |key: &'static str| unit.lines().filter_map(move |line| line.strip_prefix(key)?.strip_prefix('='));
+        // One that is not there would keep the service from its start.
+        assert!(values("ReadWritePaths").all(|path| path.starts_with('-')));
+        let writable: Vec<PathBuf> = values("ReadWritePaths")
+            .map(|path| PathBuf::from(path.trim_start_matches('-')))
+            .chain(values("StateDirectory").map(|name| Path::new("/var/lib").join(name)))
+            .collect();
+        let shipped = include_str!("../../dist/tlsplice.toml").replace("\n#tickets", "\ntickets");
+        let config = Config::parse(Path::new("tlsplice.toml"), &shipped).expect("valid");
+        let places = [config.tls.last_good, config.tls.tickets, Some(config.metrics.pins)].into_iter().flatten();
+        for place in places.chain(config.tls.certificates) {
+            assert!(writable.iter().any(|path| place.starts_with(path)), "{}", place.display());
+        }
     }
 }

@@ -3,11 +3,12 @@
 //!   poll, with jitter ─▶ hash ─same twice, and new─▶ judge ─▶ no name lost, no grade lost ─▶ snapshot ─▶ last good copy
 //!
 //! No notification is trusted, since network file systems have none. Whatever is missing, half-written or wrong leaves
-//! what is served as it is, is said once, and is looked at again. Each look runs on a thread of its own, so a hanging
-//! share holds up nothing.
+//! what is served as it is, is said once, and is judged again at each look, for its time may come. Each look runs on a
+//! thread of its own, so a hanging share holds up nothing.
 
+use super::staples::{self, Answers};
 use super::start::Terminator;
-use crate::config::Config;
+use crate::config::{Config, Ocsp};
 use crate::exit::Failure;
 use crate::tls::certificates::{Certificates, Faults};
 use crate::tls::grade::{self, Grade};
@@ -35,8 +36,15 @@ pub(super) struct Watched {
     served: Option<[u8; 32]>,
     /// Seen once, and new.
     candidate: Option<[u8; 32]>,
-    /// Said already.
-    refused: Option<[u8; 32]>,
+    /// Seen twice and said already, with its reason.
+    refused: Option<([u8; 32], String)>,
+}
+
+/// What a look has found.
+pub(super) struct Look {
+    source: Source,
+    /// Beside what is not served yet.
+    answers: Answers,
 }
 
 impl Watched {
@@ -62,14 +70,20 @@ impl Terminator {
     }
 
     /// Reads the files on a thread of its own.
-    pub(super) fn look(&self) -> JoinHandle<Source> {
-        let paths = self.config.tls.certificates.clone();
-        tokio::task::spawn_blocking(move || Source::read(&paths))
+    pub(super) fn look(&self) -> JoinHandle<Look> {
+        let (paths, served) = (self.config.tls.certificates.clone(), self.watched.served);
+        let wants_staples = self.config.tls.ocsp != Ocsp::Off;
+        tokio::task::spawn_blocking(move || {
+            let source = Source::read(&paths);
+            let is_new = wants_staples && Some(source.hash) != served;
+            let answers = if is_new { staples::beside(source.paths()) } else { Answers::new() };
+            Look { source, answers }
+        })
     }
 
     /// Decides about what a look has found.
-    pub(super) fn looked(&mut self, source: &Source) {
-        let hash = source.hash;
+    pub(super) fn looked(&mut self, look: &Look) {
+        let hash = look.source.hash;
         if Some(hash) == self.watched.served {
             if self.watched.refused.take().is_some() {
                 tracing::info!("certificates: the files are again what is served");
@@ -77,29 +91,29 @@ impl Terminator {
             self.watched.candidate = None;
             return;
         }
-        if Some(hash) == self.watched.refused {
-            return;
-        }
-        if Some(hash) != self.watched.candidate {
+        let is_known = self.watched.refused.as_ref().is_some_and(|(refused, _)| *refused == hash);
+        if !is_known && Some(hash) != self.watched.candidate {
             self.watched.candidate = Some(hash);
             return;
         }
         self.watched.candidate = None;
-        match self.replace(source) {
+        match self.replace(look) {
             Ok(names) => {
                 self.watched.served = Some(hash);
                 self.watched.refused = None;
                 tracing::info!(names, "certificates: replaced");
             }
             Err(reason) => {
-                self.watched.refused = Some(hash);
-                tracing::error!(reason, "certificates: the new ones are refused, the old ones go on");
+                if !self.watched.refused.as_ref().is_some_and(|(_, said)| is_known && *said == reason) {
+                    tracing::error!(reason, "certificates: the new ones are refused, the old ones go on");
+                }
+                self.watched.refused = Some((hash, reason));
             }
         }
     }
 
     /// Says which names are served now.
-    fn replace(&mut self, source: &Source) -> Result<String, String> {
+    fn replace(&mut self, Look { source, answers }: &Look) -> Result<String, String> {
         let certificates =
             Certificates::of_source(source, &self.config.tls).map_err(|faults: Faults| faults.to_string())?;
         if let Some(name) = self.certificates.names().find(|name| !certificates.resolver().covers(name)) {
@@ -107,7 +121,8 @@ impl Terminator {
         }
         let grade = self.refuse_lower_grade(&self.config, &certificates)?;
         let names = certificates.names().collect::<Vec<_>>().join(" ");
-        let certificates = self.stapled(certificates, self.config.tls.ocsp);
+        let config = Arc::clone(&self.config);
+        let certificates = self.staples.put_to(certificates, answers, &config.tls);
         self.serve(certificates).map_err(|e| e.to_string())?;
         self.grade = grade;
         self.keep(source);

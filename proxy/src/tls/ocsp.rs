@@ -21,6 +21,9 @@ const REVOKED: u8 = 0xa1;
 const WITHOUT_NEXT_UPDATE_SECONDS: u64 = 3600;
 /// What a responder's clock may be ahead of ours.
 const CLOCK_SECONDS: u64 = 300;
+/// An answer is renewed at this age at the latest: half of what one of a public authority may last (Baseline
+/// Requirements, section 4.9.10).
+const RENEWAL_MAX_SECONDS: u64 = 5 * 86_400;
 
 /// An answer that may be stapled, until it ends.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -34,7 +37,8 @@ pub struct Staple {
 impl Staple {
     /// It should be renewed from here on.
     pub fn half_life(&self) -> u64 {
-        u64::midpoint(self.this_update, self.next_update)
+        let latest = self.this_update.saturating_add(RENEWAL_MAX_SECONDS);
+        u64::midpoint(self.this_update, self.next_update).min(latest)
     }
 }
 
@@ -94,6 +98,8 @@ pub fn verify(answer: &[u8], leaf: &Seen, issuer: &Seen, now: u64) -> Result<Sta
         return Err(NoStaple::Early);
     }
     let next_update = single.next_update.unwrap_or(single.this_update.saturating_add(WITHOUT_NEXT_UPDATE_SECONDS));
+    // What is said of a certificate is good for nothing once that has ended.
+    let next_update = next_update.min(u64::try_from(leaf.not_after.timestamp()).unwrap_or(0));
     if now >= next_update {
         return Err(NoStaple::Expired);
     }
@@ -183,7 +189,8 @@ fn is_signed(signed: &Signed<'_>, issuer: &Seen) -> bool {
         let Ok(delegate) = Seen::read(&CertificateDer::from(certificate.whole)) else { continue };
         if delegate.signs_ocsp
             && delegate.in_force().is_ok()
-            && delegate.is_issued_by(issuer)
+            && delegate.issuer == issuer.subject
+            && delegate.is_signed_by(issuer)
             && signed.is_signed_by(&delegate.key_info)
         {
             return true;
@@ -212,8 +219,122 @@ fn time(text: &[u8]) -> Option<u64> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod testing {
     use super::*;
+    use crate::tls::der::BIT_STRING;
+    use rcgen::{CertificateParams, Issuer, KeyPair, SigningKey as _};
+
+    /// An authority, and one that it may let answer.
+    pub(crate) struct Party {
+        pub(crate) key: KeyPair,
+        pub(crate) parameters: CertificateParams,
+        pub(crate) certificate: rcgen::Certificate,
+    }
+
+    impl Party {
+        /// Each has the name of every other.
+        pub(crate) fn authority() -> Self {
+            let mut parameters = CertificateParams::default();
+            parameters.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
+            let key = KeyPair::generate().expect("the default kind");
+            Self { certificate: parameters.self_signed(&key).expect("its own key"), parameters, key }
+        }
+
+        pub(crate) fn issue(&self, mut parameters: CertificateParams) -> Self {
+            parameters.distinguished_name.push(rcgen::DnType::CommonName, "a leaf");
+            let key = KeyPair::generate().expect("the default kind");
+            let issuer = Issuer::from_params(&self.parameters, &self.key);
+            Self { certificate: parameters.signed_by(&key, &issuer).expect("a CA's key"), parameters, key }
+        }
+
+        pub(crate) fn delegate(&self) -> Self {
+            let mut parameters = CertificateParams::default();
+            parameters.extended_key_usages = vec![rcgen::ExtendedKeyUsagePurpose::OcspSigning];
+            self.issue(parameters)
+        }
+
+        pub(crate) fn seen(&self) -> Seen {
+            Seen::read(self.certificate.der()).expect("a certificate")
+        }
+    }
+
+    fn written(time: u64) -> Vec<u8> {
+        let time = rcgen::date_time_ymd(1970, 1, 1) + std::time::Duration::from_secs(time);
+        let date = format!("{:04}{:02}{:02}", time.year(), u8::from(time.month()), time.day());
+        let text = format!("{date}{:02}{:02}{:02}Z", time.hour(), time.minute(), time.second());
+        der::write(GENERALIZED_TIME, &[text.as_bytes()])
+    }
+
+    /// That the leaf is good from the one time to the other, signed by this key (RFC 6960 section 4.2.1).
+    pub(crate) fn good(leaf: &Seen, issuer: &Seen, times: [u64; 2], key: &KeyPair, delegate: Option<&[u8]>) -> Vec<u8> {
+        const ECDSA_SHA256: &[u8] = &[0x2a, 0x86, 0x48, 0xce, 0x3d, 0x04, 0x03, 0x02];
+        let id = certificate_id(leaf, issuer).expect("a key");
+        let next = der::write(context(0), &[&written(times[1])]);
+        let single = der::write(SEQUENCE, &[&id, &[GOOD, 0], &written(times[0]), &next]);
+        let responder = der::write(context(2), &[&der::write(OCTET_STRING, &[b"its key"])]);
+        let data = der::write(SEQUENCE, &[&responder, &written(times[0]), &der::write(SEQUENCE, &[&single])]);
+        let algorithm = der::write(SEQUENCE, &[&der::write(OID, &[ECDSA_SHA256])]);
+        let signature = der::write(BIT_STRING, &[&[0], &key.sign(&data).expect("signed")]);
+        let list = delegate.map(|one| der::write(context(0), &[&der::write(SEQUENCE, &[one])])).unwrap_or_default();
+        let basic = der::write(SEQUENCE, &[&data, &algorithm, &signature, &list]);
+        let bytes = der::write(SEQUENCE, &[&der::write(OID, &[BASIC_OID]), &der::write(OCTET_STRING, &[&basic])]);
+        der::write(SEQUENCE, &[&der::write(ENUMERATED, &[&[0]]), &der::write(context(0), &[&bytes])])
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::testing::{Party, good};
+    use super::*;
+    use rcgen::CertificateParams;
+
+    const NOW: u64 = 1_800_000_000;
+
+    /// The same certificate as if it were signed by SHA-1, which is not verified, and by nobody.
+    fn unsigned(certificate: &[u8]) -> Vec<u8> {
+        const RSA_SHA1: &[u8] = &[0x2a, 0x86, 0x48, 0x86, 0xf7, 0x0d, 0x01, 0x01, 0x05];
+        let algorithm = der::write(SEQUENCE, &[&der::write(OID, &[RSA_SHA1]), &[NULL, 0]]);
+        let mut inside = Signed::read(certificate).expect("a certificate").message.inside();
+        let [version, serial, _] = [(); 3].map(|()| inside.any().expect("it has one").whole);
+        let message = der::write(SEQUENCE, &[version, serial, &algorithm, inside.0]);
+        der::write(SEQUENCE, &[&message, &algorithm, &der::write(der::BIT_STRING, &[&[0; 257]])])
+    }
+
+    #[test]
+    fn a_delegate_is_one_whose_certificate_the_issuer_has_signed() {
+        let (authority, other) = (Party::authority(), Party::authority());
+        let (leaf, issuer) = (authority.issue(CertificateParams::default()).seen(), authority.seen());
+        let by = |delegate: &Party, certificate: &[u8]| {
+            let answer = good(&leaf, &issuer, [NOW - 60, NOW + 60], &delegate.key, Some(certificate));
+            verify(&answer, &leaf, &issuer, NOW).map(|staple| staple.next_update)
+        };
+        let (genuine, foreign) = (authority.delegate(), other.delegate());
+        assert_eq!(by(&genuine, genuine.certificate.der()), Ok(NOW + 60));
+        assert_eq!(by(&foreign, foreign.certificate.der()), Err(NoStaple::Signature));
+        let forged = unsigned(foreign.certificate.der());
+        let seen = Seen::read(&CertificateDer::from(forged.as_slice())).expect("a certificate");
+        assert!(seen.signs_ocsp && seen.issuer == issuer.subject);
+        assert_eq!(by(&foreign, &forged), Err(NoStaple::Signature));
+        // One that is for something else.
+        let leaf_too = authority.issue(CertificateParams::default());
+        assert_eq!(by(&leaf_too, leaf_too.certificate.der()), Err(NoStaple::Signature));
+    }
+
+    #[test]
+    fn an_answer_for_decades_is_renewed_within_days_and_ends_with_its_certificate() {
+        const DECADES: u64 = 4_000_000_000;
+        let authority = Party::authority();
+        let mut parameters = CertificateParams::default();
+        parameters.not_after = rcgen::date_time_ymd(2030, 1, 1);
+        let (leaf, issuer) = (authority.issue(parameters).seen(), authority.seen());
+        let answer = good(&leaf, &issuer, [NOW, DECADES], &authority.key, None);
+        let staple = verify(&answer, &leaf, &issuer, NOW).expect("a good one");
+        assert_eq!(staple.half_life(), NOW + RENEWAL_MAX_SECONDS);
+        assert_eq!(Some(staple.next_update), time(b"20300101000000Z"));
+        assert_eq!(verify(&answer, &leaf, &issuer, staple.next_update), Err(NoStaple::Expired));
+        let answer = good(&leaf, &issuer, [NOW, NOW + 100], &authority.key, None);
+        assert_eq!(verify(&answer, &leaf, &issuer, NOW).map(|staple| staple.half_life()), Ok(NOW + 50));
+    }
 
     #[test]
     fn times_are_read() {

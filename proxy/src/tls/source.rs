@@ -49,6 +49,11 @@ impl Source {
         source
     }
 
+    /// Where what was read lies.
+    pub fn paths(&self) -> impl Iterator<Item = &Path> {
+        self.files.iter().map(|file| file.path.as_path())
+    }
+
     fn fault(&mut self, file: &Path, message: String) {
         self.faults.push(Fault { file: file.to_path_buf(), message });
     }

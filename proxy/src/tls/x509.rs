@@ -137,10 +137,15 @@ impl Seen {
         self.subject == self.issuer
     }
 
-    /// By name, and by signature where it is of a kind that is verified at all.
+    /// By name, and by signature where it is of a kind that is verified at all: enough for the order of a chain, whose
+    /// strength is judged beside it, and never for trust.
     pub fn is_issued_by(&self, other: &Self) -> bool {
-        let signed = || Signed::read(&self.der).is_some_and(|signed| signed.is_signed_by(&other.key_info));
-        self.issuer == other.subject && (self.hash != Hash::Strong || signed())
+        self.issuer == other.subject && (self.hash != Hash::Strong || self.is_signed_by(other))
+    }
+
+    /// By signature, which is of a kind that is trusted.
+    pub fn is_signed_by(&self, other: &Self) -> bool {
+        Signed::read(&self.der).is_some_and(|signed| signed.is_signed_by(&other.key_info))
     }
 
     /// # Errors

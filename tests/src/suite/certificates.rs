@@ -11,11 +11,12 @@ use rustls::pki_types::{CertificateDer, ServerName};
 use rustls::{ClientConfig, ClientConnection, RootCertStore};
 use std::fs;
 use std::net::{SocketAddr, TcpStream};
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::Relaxed};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 pub fn tests(env: &Environment) -> Vec<Test> {
     if env.kernel != Kernel::Host {
@@ -24,7 +25,11 @@ pub fn tests(env: &Environment) -> Vec<Test> {
     }
     let mut load = Test::new(env, "certificates_are_replaced_200_times_under_load_and_no_handshake_fails", under_load);
     load.limit = Duration::from_secs(180);
-    vec![load, Test::new(env, "the_last_good_copy_serves_when_the_share_is_gone_at_the_start", last_good)]
+    vec![
+        load,
+        Test::new(env, "a_renewed_certificate_whose_time_has_not_come_is_served_when_it_comes", not_yet_valid),
+        Test::new(env, "the_last_good_copy_serves_when_the_share_is_gone_at_the_start", last_good),
+    ]
 }
 
 pub(super) const POLL: Duration = Duration::from_millis(100);
@@ -248,6 +253,44 @@ impl Load {
         let rate = shaken as f64 / began.elapsed().as_secs_f64();
         Ok(format!("{shaken} handshakes, {rate:.0}/s, none failed"))
     }
+}
+
+/// What the authority's clock is ahead of ours.
+const AHEAD: Duration = Duration::from_secs(5);
+
+/// Refused, said once, and taken without a signal.
+fn not_yet_valid(ctx: &Context) -> Result<()> {
+    let folder = ctx.folder("not-yet-valid")?;
+    let issue = |name: &str, begins: SystemTime| {
+        let key = rcgen::KeyPair::generate()?;
+        let mut parameters = rcgen::CertificateParams::new(vec![crate::certificate::NAME.to_owned()])?;
+        let begins = begins.duration_since(UNIX_EPOCH).unwrap_or_default();
+        parameters.not_before = rcgen::date_time_ymd(1970, 1, 1) + Duration::from_secs(begins.as_secs());
+        let leaf = folder.join(name);
+        let key_file = leaf.with_extension("key");
+        fs::write(&leaf, parameters.self_signed(&key)?.pem())?;
+        fs::write(&key_file, key.serialize_pem())?;
+        fs::set_permissions(&key_file, fs::Permissions::from_mode(0o600))?;
+        anyhow::Ok(Issued { chain: leaf.clone(), leaf, key: key_file })
+    };
+    let begins = SystemTime::now() + AHEAD;
+    let (old, new) = (issue("old", UNIX_EPOCH)?, issue("new", begins)?);
+    let mut share = Share::new(folder.join("share"), &old)?;
+    let setup = Setup::with(ctx, ctx.environment.relays()[0], &[0], Upstream::closing(&ctx.environment)?, |mut s| {
+        s.certificates = vec![share.link.clone()];
+        s.tls(&format!("poll = \"{}ms\"", POLL.as_millis()))
+    })?;
+    share.swap(&new)?;
+    let deadline = Instant::now() + AHEAD + ctx.environment.patience();
+    while !setup.proxy.log().contains("certificates: replaced") {
+        ensure!(Instant::now() < deadline, "not served though its time has come: {}", setup.proxy.log_tail());
+        thread::sleep(POLL);
+    }
+    ensure!(SystemTime::now() >= begins - Duration::from_secs(1), "served before its time");
+    let log = setup.proxy.log();
+    let refused: Vec<_> = log.lines().filter(|line| line.contains("are refused")).collect();
+    ensure!(refused.len() == 1 && refused[0].contains("is not valid before"), "said: {refused:?}");
+    end(setup)
 }
 
 fn last_good(ctx: &Context) -> Result<()> {

@@ -4,7 +4,8 @@
 //!
 //! One node leads at a time: it holds `leader`, which it created with O_EXCL and touches at every poll. A lease that has
 //! not been touched for `LEASE_POLLS` polls is taken away by renaming it, which one node alone can do. Should two ever
-//! lead, the generation in the file stops the second. Blocks on the file system: never called on a worker.
+//! lead, the generation in the file stops the second. One that cannot write leaves the lead to others. Blocks on the file
+//! system: never called on a worker.
 
 use super::Skew;
 use super::file::{Epochs, FILE_BYTES};
@@ -20,6 +21,9 @@ const KEYS: &str = "tickets.keys";
 const LEADER: &str = "leader";
 /// A leader that has missed so many polls is gone.
 const LEASE_POLLS: u32 = 4;
+/// A leader whose writes have failed so often in a row leaves the lead to others, for as many polls as a lease has: the
+/// next poll mends what passes, and a full quota is this node's alone.
+const FAILED_WRITES: u32 = 2;
 /// Clocks that agree so far are taken to agree.
 const SKEW_IGNORED_MS: i64 = 100;
 /// Polls within one lifetime: `next` is known everywhere long before it seals.
@@ -36,6 +40,9 @@ pub struct Shared {
     /// Names this node in its lease.
     node: String,
     leads: bool,
+    failed_writes: u32,
+    /// Polls in which it takes no lease.
+    stands_back: u32,
 }
 
 /// What a poll has found.
@@ -54,7 +61,8 @@ impl Shared {
         let host = fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
         let node = format!("{} {} {random}", host.trim(), std::process::id());
         let length_ms = u64::try_from(lifetime.as_millis()).unwrap_or(u64::MAX);
-        Ok(Self { folder, length_ms, poll: (lifetime / POLLS_IN_LIFETIME).min(POLL_MAX), node, leads: false })
+        let poll = (lifetime / POLLS_IN_LIFETIME).min(POLL_MAX);
+        Ok(Self { folder, length_ms, poll, node, leads: false, failed_writes: 0, stands_back: 0 })
     }
 
     /// How long to wait between polls.
@@ -69,6 +77,7 @@ impl Shared {
     pub fn poll(&mut self) -> Result<Polled, String> {
         let skew = self.skew()?;
         let now = skew.now();
+        self.stands_back = self.stands_back.saturating_sub(1);
         self.leads = self.lead(now)?;
         let found = self.read()?;
         let epochs = match found {
@@ -86,7 +95,8 @@ impl Shared {
             }
         };
         let new = epochs.ok_or("no keys")?;
-        self.write(&new)?;
+        self.write(&new).inspect_err(|_| self.write_failed())?;
+        self.failed_writes = 0;
         let generation = new.generation;
         Ok(Polled { epochs: new, skew, generation, leads: true })
     }
@@ -98,6 +108,15 @@ impl Shared {
         }
     }
 
+    /// Once may pass; more is a reason to give the lease back.
+    fn write_failed(&mut self) {
+        self.failed_writes += 1;
+        if self.failed_writes >= FAILED_WRITES {
+            (self.failed_writes, self.stands_back) = (0, LEASE_POLLS + 1);
+            self.resign();
+        }
+    }
+
     fn said(path: &Path, e: &io::Error) -> String {
         format!("{}: {e}", path.display())
     }
@@ -106,7 +125,7 @@ impl Shared {
     fn skew(&self) -> Result<Skew, String> {
         let path = self.temporary("clock");
         let before = SystemTime::now();
-        let file = create(&path).map_err(|e| Self::said(&path, &e))?;
+        let file = create_anew(&path).map_err(|e| Self::said(&path, &e))?;
         let modified = file.metadata().and_then(|metadata| metadata.modified());
         let after = SystemTime::now();
         let _ = fs::remove_file(&path);
@@ -153,24 +172,26 @@ impl Shared {
         })
     }
 
-    /// Only what follows on what is there is put in its place.
     fn write(&self, epochs: &Epochs) -> Result<(), String> {
         let temporary = self.temporary("keys");
-        let path = self.folder.join(KEYS);
-        let put = || {
-            let mut file = create(&temporary)?;
-            file.write_all(&epochs.to_bytes())?;
-            file.sync_all()
-        };
-        put().map_err(|e| Self::said(&temporary, &e))?;
-        let there = self.read()?.map_or(0, |there| there.generation);
-        if !self.holds_lease() || there.saturating_add(1) != epochs.generation {
-            let _ = fs::remove_file(&temporary);
-            return Err("another node has taken the lead".to_owned());
-        }
-        fs::rename(&temporary, &path).map_err(|e| Self::said(&path, &e))?;
+        self.put(&temporary, epochs).inspect_err(|_| drop(fs::remove_file(&temporary)))?;
         // So that the new name survives a crash of the file server.
         File::open(&self.folder).and_then(|folder| folder.sync_all()).map_err(|e| Self::said(&self.folder, &e))
+    }
+
+    /// Only what follows on what is there is put in its place.
+    fn put(&self, temporary: &Path, epochs: &Epochs) -> Result<(), String> {
+        let path = self.folder.join(KEYS);
+        let written = create_anew(temporary).and_then(|mut file| {
+            file.write_all(&epochs.to_bytes())?;
+            file.sync_all()
+        });
+        written.map_err(|e| Self::said(temporary, &e))?;
+        let there = self.read()?.map_or(0, |there| there.generation);
+        if !self.holds_lease() || there.saturating_add(1) != epochs.generation {
+            return Err("another node has taken the lead".to_owned());
+        }
+        fs::rename(temporary, &path).map_err(|e| Self::said(&path, &e))
     }
 
     fn holds_lease(&self) -> bool {
@@ -187,6 +208,9 @@ impl Shared {
                 file.sync_all()
             });
             return Ok(touched.is_ok() && self.holds_lease());
+        }
+        if self.stands_back > 0 {
+            return Ok(false);
         }
         match create(&path) {
             Ok(mut file) => {
@@ -224,6 +248,15 @@ fn create(path: &Path) -> io::Result<File> {
     OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)
 }
 
+/// The same in place of what this node itself has left behind, when a call failed or the folder was away.
+fn create_anew(path: &Path) -> io::Result<File> {
+    match fs::remove_file(path) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
+        Ok(()) | Err(_) => {}
+    }
+    create(path)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -241,8 +274,7 @@ mod tests {
         assert!(first.leads && !second.leads);
         assert_eq!(*first.epochs.to_bytes(), *second.epochs.to_bytes());
         assert_eq!(one.poll().expect("keys").generation, 1);
-        let left: Vec<_> = fs::read_dir(folder.path()).expect("there").flatten().map(|e| e.file_name()).collect();
-        assert_eq!(left.len(), 2, "{left:?}");
+        assert_eq!(left(&folder).len(), 2, "{:?}", left(&folder));
     }
 
     #[test]
@@ -257,6 +289,43 @@ mod tests {
         assert!(two.poll().expect("keys").generation >= 2);
         two.resign();
         assert!(one.poll().expect("keys").leads);
+    }
+
+    fn left(folder: &tempfile::TempDir) -> Vec<std::ffi::OsString> {
+        fs::read_dir(folder.path()).expect("there").flatten().map(|entry| entry.file_name()).collect()
+    }
+
+    #[test]
+    fn what_a_failed_call_has_left_stops_neither_the_clock_nor_the_rotation() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let mut one = node(&folder, 200);
+        one.poll().expect("keys");
+        for what in ["keys", "clock"] {
+            fs::write(one.temporary(what), b"half").expect("written");
+        }
+        std::thread::sleep(Duration::from_millis(250));
+        assert_eq!(one.poll().expect("keys").generation, 2);
+        assert_eq!(left(&folder).len(), 2, "{:?}", left(&folder));
+    }
+
+    #[test]
+    fn a_leader_that_cannot_write_leaves_the_lead_to_another() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let (mut one, mut two) = (node(&folder, 400), node(&folder, 400));
+        one.poll().expect("keys");
+        std::thread::sleep(Duration::from_millis(450));
+        // Nothing that a node may remove, and so nothing that it can write.
+        let in_the_way = one.temporary("keys");
+        fs::create_dir(&in_the_way).expect("made");
+        let failed = (0..FAILED_WRITES).all(|_| one.poll().is_err() && !two.holds_lease());
+        assert!(failed && !one.holds_lease());
+        assert!(!one.poll().expect("the keys are there").leads, "it takes the lead again at once");
+        let polled = two.poll().expect("keys");
+        assert!(polled.leads && polled.generation == 2);
+        // Without another it leads again.
+        two.resign();
+        fs::remove_dir(&in_the_way).expect("empty");
+        assert!((0..=LEASE_POLLS).any(|_| one.poll().expect("keys").leads));
     }
 
     #[test]
