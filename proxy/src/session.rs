@@ -95,7 +95,7 @@ impl Session {
                 break;
             }
             upto += len;
-            if let Some((why, alert)) = self.refused_at_the_gate(&wire[..upto]) {
+            if let Some((why, alert)) = self.refused_at_the_gate(&wire[upto - len..upto]) {
                 out.extend_from_slice(&alert);
                 fed.error = Some(Error::General(why.to_string()));
                 break;
@@ -110,8 +110,8 @@ impl Session {
     }
 
     /// rustls does not know the fallback signal and lacks two alerts, so the ClientHello is read before.
-    fn refused_at_the_gate(&mut self, wire: &[u8]) -> Option<(Refusal, [u8; 7])> {
-        match self.gate.as_ref()?.judge(wire) {
+    fn refused_at_the_gate(&mut self, record: &[u8]) -> Option<(Refusal, [u8; 7])> {
+        match self.gate.as_mut()?.judge(record) {
             Judgement::Incomplete => None,
             Judgement::Passes => {
                 self.gate = None;

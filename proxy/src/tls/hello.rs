@@ -55,24 +55,26 @@ pub enum Judgement {
     },
 }
 
-/// What ClientHellos are held against.
+/// What a ClientHello is held against, and what has come of it.
 pub struct Gate {
     strict: Option<Arc<Resolver>>,
+    message: Vec<u8>,
 }
 
 impl Gate {
     pub fn new(strict: Option<Arc<Resolver>>) -> Self {
-        Self { strict }
+        Self { strict, message: Vec::new() }
     }
 
-    /// Judges the records at the front of a connection.
-    pub fn judge(&self, wire: &[u8]) -> Judgement {
-        let message = match handshake_message(wire) {
+    /// Judges a connection by its next record. Each is given once, before rustls has it: a hello may come in ten thousand,
+    /// and rustls moves their parts together where they lie.
+    pub fn judge(&mut self, record: &[u8]) -> Judgement {
+        let message = match put_together(&mut self.message, record) {
             Message::Incomplete => return Judgement::Incomplete,
             Message::Other => return Judgement::Passes,
             Message::ClientHello(body) => body,
         };
-        let Some(hello) = Hello::read(&message) else { return Judgement::Passes };
+        let Some(hello) = Hello::read(message) else { return Judgement::Passes };
         // What is no version is answered as TLS 1.0, which everybody reads.
         let version = if hello.version[0] == 3 { hello.version.min(TLS12) } else { TLS10 };
         let refused = |why: Refusal| Judgement::Refused { why, alert: why.alert_record(version) };
@@ -91,31 +93,27 @@ impl Gate {
     }
 }
 
-enum Message {
+enum Message<'a> {
     Incomplete,
     Other,
-    ClientHello(Vec<u8>),
+    ClientHello(&'a [u8]),
 }
 
-/// The first handshake message, put together from the complete records of `wire`.
-fn handshake_message(mut wire: &[u8]) -> Message {
-    let mut message = Vec::new();
-    while let Some(len) = record_bytes(wire).filter(|len| *len <= wire.len()) {
-        if wire[0] != CONTENT_HANDSHAKE {
-            return Message::Other;
-        }
-        message.extend_from_slice(&wire[HEADER_BYTES..len]);
-        wire = &wire[len..];
-        let [kind, a, b, c, rest @ ..] = message.as_slice() else { continue };
-        if *kind != CLIENT_HELLO {
-            return Message::Other;
-        }
-        let body = usize::from(*a) << 16 | usize::from(*b) << 8 | usize::from(*c);
-        if let Some(body) = rest.get(..body) {
-            return Message::ClientHello(body.to_vec());
-        }
+/// The first handshake message, with what this record has of it.
+fn put_together<'a>(message: &'a mut Vec<u8>, record: &[u8]) -> Message<'a> {
+    let Some(len) = record_bytes(record).filter(|len| *len <= record.len()) else { return Message::Incomplete };
+    if record[0] != CONTENT_HANDSHAKE {
+        return Message::Other;
     }
-    Message::Incomplete
+    message.extend_from_slice(&record[HEADER_BYTES..len]);
+    match message.as_slice() {
+        [CLIENT_HELLO, a, b, c, rest @ ..] => {
+            let body = usize::from(*a) << 16 | usize::from(*b) << 8 | usize::from(*c);
+            rest.get(..body).map_or(Message::Incomplete, Message::ClientHello)
+        }
+        [CLIENT_HELLO, ..] | [] => Message::Incomplete,
+        [..] => Message::Other,
+    }
 }
 
 /// What is asked of a ClientHello (RFC 8446 section 4.1.2).
@@ -198,6 +196,18 @@ mod tests {
         message.chunks(each).flat_map(|part| [&[22, 3, 1, 0, part.len() as u8], part].concat()).collect()
     }
 
+    /// What comes of the records, each given once.
+    fn judge(mut gate: Gate, mut wire: &[u8]) -> Judgement {
+        while let Some(len) = record_bytes(wire).filter(|len| *len <= wire.len()) {
+            let judgement = gate.judge(&wire[..len]);
+            if judgement != Judgement::Incomplete {
+                return judgement;
+            }
+            wire = &wire[len..];
+        }
+        gate.judge(wire)
+    }
+
     fn refused(why: Refusal) -> Judgement {
         Judgement::Refused { why, alert: why.alert_record(TLS12) }
     }
@@ -207,16 +217,28 @@ mod tests {
 
     #[test]
     fn a_fallback_is_refused_only_below_tls_13_and_in_whatever_pieces() {
-        let gate = Gate::new(None);
+        let gate = || Gate::new(None);
         let scsv = [0xc0, 0x2f, 0x56, 0x00];
         for each in [1, 7, 200] {
             let wire = records(&hello(&scsv, NAME), each);
-            assert_eq!(gate.judge(&wire), refused(Refusal::Fallback));
-            assert_eq!(gate.judge(&wire[..wire.len() - 1]), Judgement::Incomplete);
+            assert_eq!(judge(gate(), &wire), refused(Refusal::Fallback));
+            assert_eq!(judge(gate(), &wire[..wire.len() - 1]), Judgement::Incomplete);
         }
-        assert_eq!(gate.judge(&records(&hello(&scsv, VERSIONS), 99)), Judgement::Passes);
-        assert_eq!(gate.judge(&records(&hello(&scsv, &[]), 99)), refused(Refusal::Fallback));
-        assert_eq!(gate.judge(&records(&hello(&[0x56, 0xc0, 0x00, 0x2f], &[]), 99)), Judgement::Passes);
+        assert_eq!(judge(gate(), &records(&hello(&scsv, VERSIONS), 99)), Judgement::Passes);
+        assert_eq!(judge(gate(), &records(&hello(&scsv, &[]), 99)), refused(Refusal::Fallback));
+        assert_eq!(judge(gate(), &records(&hello(&[0x56, 0xc0, 0x00, 0x2f], &[]), 99)), Judgement::Passes);
+    }
+
+    #[test]
+    fn of_a_hello_in_ten_thousand_records_each_is_read_once() {
+        let mut message = vec![CLIENT_HELLO, 0, 0x27, 0x10];
+        message.resize(4 + 10_000, 3);
+        let mut gate = Gate::new(None);
+        for (n, byte) in message.iter().enumerate() {
+            let is_whole = n + 1 == message.len();
+            let judgement = gate.judge(&[CONTENT_HANDSHAKE, 3, 1, 0, 1, *byte]);
+            assert_eq!(judgement, if is_whole { Judgement::Passes } else { Judgement::Incomplete });
+        }
     }
 
     #[test]
@@ -225,37 +247,36 @@ mod tests {
             let mut message = hello(&[0xc0, 0x2f], NAME);
             message[4..6].copy_from_slice(&version);
             let alert = Refusal::OldVersion.alert_record(record);
-            let said = Gate::new(None).judge(&records(&message, 99));
+            let said = judge(Gate::new(None), &records(&message, 99));
             assert_eq!(said, Judgement::Refused { why: Refusal::OldVersion, alert });
         }
         let mut message = hello(&[0x13, 1], VERSIONS);
         message[5] = 1;
-        assert_eq!(Gate::new(None).judge(&records(&message, 99)), Judgement::Passes);
+        assert_eq!(judge(Gate::new(None), &records(&message, 99)), Judgement::Passes);
     }
 
     #[test]
     fn strict_names_are_those_of_the_certificates() {
         let gate = |names: &[&str]| Gate::new(Some(testing::resolver(names)));
         let wire = records(&hello(&[0x13, 1], &[NAME, VERSIONS].concat()), 99);
-        assert_eq!(gate(&["a.test"]).judge(&wire), Judgement::Passes);
-        assert_eq!(gate(&["*.test"]).judge(&wire), Judgement::Passes);
-        assert_eq!(gate(&["b.test"]).judge(&wire), refused(Refusal::UnknownName));
+        assert_eq!(judge(gate(&["a.test"]), &wire), Judgement::Passes);
+        assert_eq!(judge(gate(&["*.test"]), &wire), Judgement::Passes);
+        assert_eq!(judge(gate(&["b.test"]), &wire), refused(Refusal::UnknownName));
         let nameless = records(&hello(&[0x13, 1], VERSIONS), 99);
-        assert_eq!(gate(&["a.test"]).judge(&nameless), refused(Refusal::UnknownName));
+        assert_eq!(judge(gate(&["a.test"]), &nameless), refused(Refusal::UnknownName));
     }
 
     #[test]
     fn nothing_that_is_no_client_hello_panics_or_is_refused() {
-        let gate = Gate::new(None);
         let whole = records(&hello(&[0x56, 0], VERSIONS), 99);
         for at in 0..whole.len() {
             for byte in [0, 1, 0x7f, 0xff] {
                 let mut bad = whole.clone();
                 bad[at] = byte;
-                gate.judge(&bad);
+                judge(Gate::new(None), &bad);
             }
         }
-        assert_eq!(gate.judge(b"GET / HTTP/1.1\r\n\r\n"), Judgement::Incomplete);
-        assert_eq!(gate.judge(&[21, 3, 3, 0, 2, 1, 0]), Judgement::Passes);
+        assert_eq!(Gate::new(None).judge(b"GET / HTTP/1.1\r\n\r\n"), Judgement::Incomplete);
+        assert_eq!(Gate::new(None).judge(&[21, 3, 3, 0, 2, 1, 0]), Judgement::Passes);
     }
 }

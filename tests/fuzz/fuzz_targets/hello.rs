@@ -7,20 +7,22 @@
 use libfuzzer_sys::fuzz_target;
 use rustls::pki_types::pem::PemObject as _;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
+use tlsplice::protect::record_bytes;
 use tlsplice::tls::certificates::Certificates;
 use tlsplice::tls::hello::{Gate, Judgement};
+use tlsplice::tls::resolver::Resolver;
 
 fuzz_target!(|input: &[u8]| {
     let Some((&first, bytes)) = input.split_first() else { return };
-    let gate = gate(first & 0x80 != 0);
-    let whole = gate.judge(bytes);
+    let judge = |wire: &[u8]| judge(first & 0x80 != 0, wire);
+    let whole = judge(bytes);
     for end in [bytes.len() / 2, bytes.len().saturating_sub(1), usize::from(first).min(bytes.len())] {
-        let part = gate.judge(&bytes[..end]);
+        let part = judge(&bytes[..end]);
         assert!(part == Judgement::Incomplete || part == whole, "more bytes have changed the verdict");
     }
     let each = usize::from(first & 0x7f) + 1;
-    assert_eq!(gate.judge(&records(bytes, each)), gate.judge(&records(bytes, 16 << 10)));
+    assert_eq!(judge(&records(bytes, each)), judge(&records(bytes, 16 << 10)));
 });
 
 fn records(message: &[u8], each: usize) -> Vec<u8> {
@@ -28,13 +30,24 @@ fn records(message: &[u8], each: usize) -> Vec<u8> {
     message.chunks(each).flat_map(record).collect()
 }
 
-fn gate(strict: bool) -> &'static Gate {
-    static GATES: OnceLock<[Gate; 2]> = OnceLock::new();
-    let gates = GATES.get_or_init(|| {
+/// What comes of the complete records, each given once.
+fn judge(strict: bool, mut wire: &[u8]) -> Judgement {
+    let mut gate = Gate::new(strict.then(|| resolver().clone()));
+    while let Some(len) = record_bytes(wire).filter(|len| *len <= wire.len()) {
+        let judgement = gate.judge(&wire[..len]);
+        if judgement != Judgement::Incomplete {
+            return judgement;
+        }
+        wire = &wire[len..];
+    }
+    Judgement::Incomplete
+}
+
+fn resolver() -> &'static Arc<Resolver> {
+    static RESOLVER: OnceLock<Arc<Resolver>> = OnceLock::new();
+    RESOLVER.get_or_init(|| {
         let leaf = CertificateDer::from_pem_slice(include_bytes!("../seeds/leaf.pem")).expect("in the tree");
         let key = PrivateKeyDer::from_pem_slice(include_bytes!("../seeds/leaf.key")).expect("in the tree");
-        let certificates = Certificates::from_der(vec![leaf], key).expect("a pair");
-        [Gate::new(None), Gate::new(Some(certificates.resolver()))]
-    });
-    &gates[usize::from(strict)]
+        Certificates::from_der(vec![leaf], key).expect("a pair").resolver()
+    })
 }
