@@ -100,9 +100,14 @@ async fn discard(client: &mut Sock, watch: &Watch, worker: &Worker) {
     let mut left = DISCARD_BYTES;
     let mut queued = usize::MAX;
     let mut quiet_since = std::time::Instant::now();
+    // Behind our FIN a TLS socket counts as readable while the front of a record is there, and no more.
+    let mut woken_in_vain = false;
     loop {
         match drop_some(client.fd(), worker) {
-            Discarded::Bytes(n) => left = left.saturating_sub(n),
+            Discarded::Bytes(n) => {
+                left = left.saturating_sub(n);
+                woken_in_vain = false;
+            }
             Discarded::Nothing => {
                 let now = socket::unacknowledged(client.fd()).unwrap_or(0);
                 if now != queued {
@@ -114,7 +119,11 @@ async fn discard(client: &mut Sock, watch: &Watch, worker: &Worker) {
                     return;
                 }
                 let wait = if queued > 0 { POLL_INTERVAL } else { allowed };
-                let _ = tokio::time::timeout(wait, readable(client)).await;
+                if woken_in_vain {
+                    tokio::time::sleep(POLL_INTERVAL).await;
+                } else {
+                    woken_in_vain = tokio::time::timeout(wait, readable(client)).await.is_ok();
+                }
             }
             // A record cut off by the FIN cannot be read, and makes the close a reset: all must have arrived before.
             Discarded::Eof => return acknowledged(client, STALLED_TIMEOUT).await,

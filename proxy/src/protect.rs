@@ -32,8 +32,10 @@ pub enum OpenError {
     BadMac,
     /// More than 16384 bytes of plaintext, or more ciphertext than that may become.
     Overflow,
-    /// Too short for its own tag, or all padding.
+    /// Too short for its own tag.
     Malformed,
+    /// All padding (RFC 8446 section 5.4).
+    NoType,
 }
 
 /// How nonce and additional data are built.
@@ -190,7 +192,7 @@ impl Protection {
 
 /// The content type behind the data and before the padding (RFC 8446 section 5.4), and the data's length.
 fn inner_type(inner: &[u8]) -> Result<(u8, usize), OpenError> {
-    let at = inner.iter().rposition(|&byte| byte != 0).ok_or(OpenError::Malformed)?;
+    let at = inner.iter().rposition(|&byte| byte != 0).ok_or(OpenError::NoType)?;
     Ok((inner[at], at))
 }
 
@@ -279,6 +281,15 @@ mod tests {
                 assert!(rx.open(&mut bad).is_err(), "byte {at}");
             }
             assert!(rx.open(&mut slot[..total]).is_ok());
+        }
+    }
+
+    #[test]
+    fn padding_alone_has_no_type() {
+        for (mut tx, mut rx) in pairs().into_iter().filter(|(tx, _)| tx.form == Form::Tls13) {
+            let mut slot = vec![0; 40 + OVERHEAD_BYTES];
+            let total = tx.seal(0, &mut slot, 40);
+            assert_eq!(rx.open(&mut slot[..total]), Err(OpenError::NoType));
         }
     }
 

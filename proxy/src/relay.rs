@@ -27,7 +27,7 @@ use crate::pipes::Share;
 use crate::protect::{OVERHEAD_BYTES, PLAIN_BYTES, WIRE_BYTES};
 use crate::ring::{Look, NextTurn, Sock};
 use crate::send_room::WIDE_AFTER_BYTES;
-use crate::sys::socket::VECTORS;
+use crate::sys::socket::{self, VECTORS};
 use crate::watch::{Verdict, Watch};
 pub use spare::{Spare, hand_on};
 use std::future::Future;
@@ -70,6 +70,8 @@ pub struct Client {
     pub moved_down: u64,
     /// How much had moved down when the client last got room for more.
     widened_at: u64,
+    /// Bytes on the wire that it had acknowledged when its time was last up.
+    acked_bytes: u64,
 }
 
 /// What a worker lends to its connections.
@@ -131,6 +133,8 @@ pub enum Up {
     Finished,
     /// Nothing more is read, and the upstream will get a reset: the stream did not end cleanly.
     Broken(End),
+    /// As `Broken` by the upstream's reset, which a send has been told of: what it has sent is cut short too.
+    Reset,
 }
 
 /// The direction from the upstream to the client.
@@ -145,6 +149,13 @@ pub enum Down {
     Finished,
     /// The upstream's reset is in; what came before it is still on its way, then a reset.
     Broken,
+}
+
+impl Up {
+    /// The upstream takes no more, by this error of a send. It may still have an answer.
+    pub fn untaken(error: &io::Error) -> Self {
+        if cuts_short(error) { Self::Reset } else { Self::Broken(End::UpstreamReset) }
+    }
 }
 
 /// How a relay came to its end, for `close`.
@@ -213,6 +224,7 @@ pub fn over(up: Up, down: Down) -> Option<Ended> {
             let client = if how == End::NoRekey { ClientEnd::Await } else { ClientEnd::Discard };
             Some(Ended { how, client, upstream: UpstreamEnd::Reset })
         }
+        (Up::Reset, Down::Finished) => over(Up::Broken(End::UpstreamReset), down),
     }
 }
 
@@ -221,6 +233,7 @@ pub fn timed_out(up: Up, down: Down, verdict: Verdict) -> Ended {
     let how = match (verdict, up) {
         (Verdict::Cut, _) => End::Drained,
         (Verdict::TimedOut, Up::Broken(how)) => how,
+        (Verdict::TimedOut, Up::Reset) => End::UpstreamReset,
         (Verdict::TimedOut, Up::Open | Up::Closing | Up::Finished) => End::Idle,
     };
     if verdict == Verdict::TimedOut && down == Down::Finished {
@@ -233,7 +246,18 @@ pub fn timed_out(up: Up, down: Down, verdict: Verdict) -> Ended {
 
 impl Client {
     pub fn new(sock: Sock, watch: Rc<Watch>, worker: Rc<Worker>, share: Rc<Share>, identity: Rc<Identity>) -> Self {
-        Self { sock, watch, worker, share, identity, next_turn: None, moved_up: 0, moved_down: 0, widened_at: 0 }
+        Self {
+            sock,
+            watch,
+            worker,
+            share,
+            identity,
+            next_turn: None,
+            moved_up: 0,
+            moved_down: 0,
+            widened_at: 0,
+            acked_bytes: 0,
+        }
     }
 
     /// What the handshake gave, for all who count, and where the records are protected.
@@ -263,6 +287,15 @@ impl Client {
         ready!(Pin::new(turn).poll(cx));
         self.next_turn = None;
         Poll::Ready(())
+    }
+
+    /// Its time is up, but it takes what the kernel still holds for it, of which no send tells. One that has stopped is
+    /// found out the next time.
+    fn takes_still(&mut self) -> bool {
+        let client = self.sock.fd();
+        let has_some = socket::unacknowledged(client).is_ok_and(|bytes| bytes > 0);
+        let acked = socket::tcp_info(client).map_or(0, |info| info.bytes_acked);
+        has_some && std::mem::replace(&mut self.acked_bytes, acked) < acked
     }
 
     /// Arms what is wanted and takes up what has come: `Ready` when a direction may go on, or time is up.
@@ -296,8 +329,13 @@ impl Client {
             self.widened_at = self.moved_down;
             self.sock.widen();
         }
-        if let Some(verdict) = self.watch.verdict() {
-            return Poll::Ready(Err(verdict));
+        match self.watch.verdict() {
+            Some(Verdict::TimedOut) if self.takes_still() => {
+                self.watch.forgive();
+                self.watch.touch();
+            }
+            Some(verdict) => return Poll::Ready(Err(verdict)),
+            None => {}
         }
         if ready {
             return Poll::Ready(Ok(()));
@@ -316,6 +354,13 @@ pub struct Want {
     pub upstream_write: bool,
     /// The client has ended its stream, and could still reset the connection.
     pub client_reset: bool,
+}
+
+/// Whether this error of a send says that what the peer has sent is cut short too. The kernel tells a reset once, so a
+/// read behind it takes that for an end; only behind the peer's FIN, where the end is one, it is EPIPE (tcp_reset in
+/// net/ipv4/tcp_input.c).
+pub fn cuts_short(error: &io::Error) -> bool {
+    error.raw_os_error() != Some(libc::EPIPE)
 }
 
 /// Whether an error of a socket means that the peer is gone, not that we did something wrong.

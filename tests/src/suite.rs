@@ -12,6 +12,7 @@ pub mod first_request;
 pub mod grading;
 pub mod http_bodies;
 pub mod http_hostile;
+pub mod http_limits;
 pub mod http_programs;
 pub mod http_requests;
 pub mod http_smuggling;
@@ -72,6 +73,7 @@ pub fn tests(env: &Environment) -> Vec<Test> {
     tests.extend(http_requests::tests(env));
     tests.extend(http_smuggling::tests(env));
     tests.extend(http_hostile::tests(env));
+    tests.extend(http_limits::tests(env));
     tests.extend(http_bodies::tests(env));
     tests.extend(http_programs::tests(env));
     tests

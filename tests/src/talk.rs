@@ -1,6 +1,6 @@
 //! HTTP as bytes: a client that says what it is told to and cuts the answers apart, and a server in the test's hands.
 
-use crate::client::handshake::{Offer, TLS13_AES_256};
+use crate::client::handshake::{Offer, Suite, TLS13_AES_256};
 use crate::client::{Client, How};
 use crate::environment::Relay;
 use crate::exchange::Setup;
@@ -38,7 +38,11 @@ pub struct Talk {
 }
 
 pub fn connect(ctx: &Context, setup: &Setup, listener: usize) -> Result<Talk> {
-    Ok(Talk { client: setup.client(ctx, listener, TLS13_AES_256)?, got: Vec::new() })
+    connect_by(ctx, setup, listener, TLS13_AES_256)
+}
+
+pub fn connect_by(ctx: &Context, setup: &Setup, listener: usize, suite: Suite) -> Result<Talk> {
+    Ok(Talk { client: setup.client(ctx, listener, suite)?, got: Vec::new() })
 }
 
 impl Talk {

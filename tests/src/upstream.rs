@@ -3,7 +3,7 @@
 use crate::environment::Environment;
 use crate::pattern::{MAX_SLICE_BYTES, Pattern};
 use crate::process::free_port;
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Context as _, Result, anyhow, bail, ensure};
 use socket2::{Domain, SockRef, Socket, Type};
 use std::io::{ErrorKind, Read, Write};
 use std::net::{Ipv6Addr, Shutdown, SocketAddr, TcpStream};
@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Small, because a test has hundreds of them.
 pub const THREAD_STACK_BYTES: usize = 256 << 10;
@@ -98,6 +98,25 @@ impl Stream {
     pub fn send(&self, bytes: &[u8]) -> Result<()> {
         let mut this = self;
         this.write_all(bytes).with_context(|| format!("upstream: send {} bytes", bytes.len()))
+    }
+
+    /// Sends all of a small piece, or nothing when there is no room for it within this time.
+    pub fn send_soon(&self, piece: &[u8], time: Duration) -> Result<bool> {
+        let deadline = Instant::now() + time;
+        self.socket().set_nonblocking(true)?;
+        let sent = loop {
+            match (&*self).write(piece) {
+                Ok(n) if n == piece.len() => break Ok(true),
+                Ok(n) => break Err(anyhow!("upstream: {n} of {} bytes were taken", piece.len())),
+                Err(e) if e.kind() == ErrorKind::WouldBlock && Instant::now() < deadline => {
+                    thread::sleep(Duration::from_millis(1));
+                }
+                Err(e) if e.kind() == ErrorKind::WouldBlock => break Ok(false),
+                Err(e) => break Err(e).context("upstream: send"),
+            }
+        };
+        self.socket().set_nonblocking(false)?;
+        sent
     }
 
     /// Reads and compares to the end: how many bytes, and which end.

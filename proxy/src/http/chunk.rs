@@ -5,10 +5,11 @@
 //! Chunks are not passed on as they came: extensions are dropped and sizes written by us, so that the next reader finds
 //! the ends that we found. This module buffers a trailer section and nothing else.
 
-use super::field::Field;
+use super::field::{Connection, Field};
 use super::framing::LENGTH_MAX;
 use super::head::FIELDS_MAX;
 use super::refusal::{Refusal, Status};
+use super::request::put;
 
 /// Hexadecimal digits of a chunk size, leading zeros included: as many as 2^63 has.
 const SIZE_DIGITS: usize = 16;
@@ -45,6 +46,7 @@ pub struct Decoder {
     extensions: usize,
     trailers: Vec<u8>,
     trailer_limit: usize,
+    connection: Connection,
 }
 
 /// What one call came to.
@@ -67,7 +69,13 @@ impl Decoder {
             extensions: 0,
             trailers: Vec::new(),
             trailer_limit,
+            connection: Connection::default(),
         }
+    }
+
+    /// Drops the trailers that are named there, as such fields of the head are (RFC 9110 section 7.6.1).
+    pub fn without(self, connection: Connection) -> Self {
+        Self { connection, ..self }
     }
 
     /// Reads on; `data` gets what the chunks carry, in order.
@@ -173,15 +181,21 @@ impl Decoder {
         Ok(())
     }
 
-    /// Judges the trailers once they are all there.
+    /// Judges the trailers once they are all there, and keeps those that are not of one connection.
     fn complete(&mut self) -> Result<(), Refusal> {
         let mut section = std::mem::take(&mut self.trailers);
         section.extend_from_slice(b"\r\n");
         let mut fields = [httparse::EMPTY_HEADER; FIELDS_MAX];
+        let is_named = |field: &httparse::Header<'_>| self.connection.names(field.name);
         match httparse::parse_headers(&section, &mut fields) {
             Ok(httparse::Status::Complete((end, fields))) if end == section.len() => {
                 if fields.iter().any(|field| !Field::may_trail(field.name)) {
                     return Err(Refusal::bad_request("a trailer that frames, routes or controls the message"));
+                }
+                if fields.iter().any(is_named) {
+                    let kept = fields.iter().filter(|field| !is_named(field));
+                    kept.for_each(|field| put(&mut self.trailers, field.name, field.value));
+                    return Ok(());
                 }
             }
             Err(httparse::Error::TooManyHeaders) => {
@@ -247,6 +261,22 @@ mod tests {
         assert_eq!(read(b"0\r\n\r\n", &[]), Ok(Some((vec![], vec![], 5))));
         assert_eq!(read(b"A \t;x\r\n0123456789\r\n0\r\n\r\n", &[]).map(|d| d.is_some()), Ok(true));
         assert_eq!(read(b"5\r\nhel", &[]), Ok(None));
+    }
+
+    #[test]
+    fn trailers_of_the_connection_end_here() {
+        let mut connection = Connection::default();
+        connection.add("X-Hop, x-sum").expect("good");
+        for (sent, passed) in [
+            ("X-HOP: 1\r\nX-Sum:2\r\n", ""),
+            ("X-One: 1\r\nx-hop: 2\r\nX-Two: \u{e9}\r\n", "X-One: 1\r\nX-Two: \u{e9}\r\n"),
+            ("X-One:1\r\n", "X-One:1\r\n"),
+        ] {
+            let mut decoder = Decoder::new(1000).without(connection.clone());
+            let fed = decoder.feed(format!("0\r\n{sent}\r\n").as_bytes(), |_| {}).expect("good");
+            assert!(fed.done, "{sent:?}");
+            assert_eq!(String::from_utf8_lossy(decoder.trailers()), passed);
+        }
     }
 
     #[test]

@@ -4,6 +4,7 @@
 //!            └▶ body: sealed where it was received, or spliced │ chunks: taken apart, written anew ─▶ client
 
 use super::chunk::{self, Decoder};
+use super::downstream::PROMISED_PARTS;
 use super::exchange::{Download, Exchange, Left, Outcome};
 use super::framing::Body;
 use super::head::Scanner;
@@ -91,6 +92,7 @@ impl Exchange {
         let Some(extent) = self.scanner.scan(&self.answer, self.config.http.head_bytes).map_err(refused)? else {
             return Ok(false);
         };
+        let is_key_short = self.near.downstream.is_key_short(PROMISED_PARTS);
         let client = self.near.downstream.client();
         let asked = Asked {
             to_head: self.request.is_head(),
@@ -98,10 +100,11 @@ impl Exchange {
             upgrade: self.request.upgrade.as_deref(),
             keep_alive: self.request.keep_alive
                 && (self.near.gone.is_none() || !self.near.inbox.is_empty())
-                && !client.watch.is_draining(),
+                && !client.watch.is_draining()
+                && !is_key_short,
             hsts: &self.config.http.hsts,
         };
-        let Response { status, kind, head } =
+        let Response { status, kind, head, connection } =
             Response::parse(&self.answer[extent.start..extent.end], &asked).map_err(refused)?;
         self.answer.drain(..extent.end);
         self.scanner = Scanner::response();
@@ -115,6 +118,7 @@ impl Exchange {
             }
             Kind::Switched => {
                 self.status = Some(status);
+                self.near.downstream.client().watch.allow(self.config.limits.idle_timeout);
                 self.download = Download::Switched;
                 out.append(&mut self.answer);
             }
@@ -125,7 +129,7 @@ impl Exchange {
                 self.download = match body {
                     Body::None => Download::Done,
                     Body::Length(_) | Body::Chunked | Body::UntilClose => {
-                        Download::Body(Left::of(body, self.config.http.head_bytes))
+                        Download::Body(Left::of(body, self.config.http.head_bytes, &connection))
                     }
                 };
                 self.take_answer(&mut out)?;
@@ -219,12 +223,14 @@ impl Exchange {
                 Ok(Poll::Ready(Some(n)))
             }
             Sealed::Nothing => Ok(Poll::Ready(None)),
-            Sealed::Eof if until_close => {
+            // A drain on the ring may have been told of the upstream's reset already, and will tell us.
+            Sealed::Eof if until_close && self.up.is_sending() => Ok(Poll::Pending),
+            Sealed::Eof if until_close && !self.cut_short => {
                 self.download = Download::Done;
                 Ok(Poll::Ready(Some(0)))
             }
-            Sealed::Eof => Err(Outcome::Ended(Ended::abort(End::UpstreamTruncated))),
-            Sealed::Broken => Err(Outcome::Ended(Ended::abort(End::UpstreamReset))),
+            Sealed::Eof if !self.cut_short => Err(Outcome::Ended(Ended::abort(End::UpstreamTruncated))),
+            Sealed::Eof | Sealed::Broken => Err(Outcome::Ended(Ended::abort(End::UpstreamReset))),
         }
     }
 }

@@ -15,6 +15,11 @@ use crate::sys::socket;
 use crate::watch::Verdict;
 use std::task::{Context, Poll};
 
+/// Of a key that has no next, one part in so many must be left for the client to be told that the connection goes on.
+pub const PROMISED_PARTS: u64 = 2;
+/// And for that to be true behind the response: more than one that is short takes lies between the two.
+pub const KEPT_PARTS: u64 = 4;
+
 /// See the module.
 pub enum Downstream {
     User(Box<UserTls>),
@@ -100,10 +105,10 @@ impl Downstream {
             return Ok(None);
         }
         let received = match self {
-            Self::User(tls) => return tls.receive(scratch, max, exact),
+            Self::User(tls) => return tls.receive_quietly(scratch, max, exact),
             Self::Kernel(behind) => {
-                behind.tls.is_sending = behind.down.is_in_flight();
-                behind.tls.receive(scratch, max)?
+                behind.tls.is_sending = behind.down.is_sending();
+                behind.tls.receive_quietly(scratch, max)?
             }
             Self::Plain(plain) => plain.receive(&mut scratch.received[..max.min(RECEIVE_BYTES)])?,
         };
@@ -144,13 +149,13 @@ impl Downstream {
     pub fn flush(&mut self, cx: &mut Context<'_>) -> Result<bool, Ended> {
         match self {
             Self::User(tls) => {
-                if !tls.flush().map_err(Ended::client_gone)? {
-                    return Ok(false);
+                let sent = tls.flush().map_err(Ended::client_gone)?;
+                if !sent || !tls.owes_key_update() {
+                    return Ok(sent);
                 }
-                if tls.owes_key_update() {
-                    tls.queue_key_update()?;
-                }
-                tls.flush().map_err(Ended::client_gone)
+                tls.queue_key_update()?;
+                // That a client takes this is no reason to wait longer.
+                tls.to_client.flush(&mut tls.client.sock).map_err(Ended::client_gone)
             }
             Self::Kernel(behind) => behind.flush(cx),
             Self::Plain(plain) => plain.to_client.flush(&mut plain.client.sock).map_err(Ended::client_gone),
@@ -218,6 +223,15 @@ impl Downstream {
             }
             // Nothing is forwarded in mode "redirect".
             Self::Plain(_) => Poll::Ready(Err(Ended::abort(End::Internal))),
+        }
+    }
+
+    /// The key has no next, and less than one part in `parts` is left of it.
+    pub fn is_key_short(&mut self, parts: u64) -> bool {
+        match self {
+            Self::User(tls) => tls.keys.is_short(parts),
+            Self::Kernel(behind) => behind.tls.is_key_short(parts),
+            Self::Plain(_) => false,
         }
     }
 
@@ -290,7 +304,7 @@ impl Behind {
         scratch: &mut Scratch,
         max: usize,
     ) -> Poll<Result<Received, Ended>> {
-        self.tls.is_sending = self.down.is_in_flight();
+        self.tls.is_sending = self.down.is_sending();
         self.tls.fill(cx, up, scratch, max)
     }
 
@@ -307,7 +321,6 @@ impl Plain {
             Ok(0) => Ok(Received { bytes: 0, then: Then::Closed }),
             Ok(bytes) => {
                 self.client.sock.readable = bytes == buffer.len();
-                self.client.watch.touch();
                 Ok(Received { bytes, then: Then::Open })
             }
             Err(e) if socket::is_again(&e) => {

@@ -11,6 +11,7 @@
 
 use super::chunk::Decoder;
 use super::downstream::Downstream;
+use super::field::Connection;
 use super::framing::Body;
 use super::head::Scanner;
 use super::near::{HEAD_READ_BYTES, Near};
@@ -36,6 +37,8 @@ pub struct Exchange {
     /// The upstream's connection has carried a request before.
     pub(super) reused: bool,
     pub(super) upload: Left,
+    /// The upstream's reset is in, which a send has been told of.
+    pub(super) cut_short: bool,
     pub(super) up: Flow,
     /// What the upstream has said and nobody has understood yet.
     pub(super) answer: Vec<u8>,
@@ -88,11 +91,12 @@ pub enum Outcome {
 }
 
 impl Left {
-    pub(super) fn of(body: Body, head_bytes: usize) -> Self {
+    /// `connection` is what the message's head says of its connection.
+    pub(super) fn of(body: Body, head_bytes: usize, connection: &Connection) -> Self {
         match body {
             Body::None => Self::Nothing,
             Body::Length(length) => Self::Length(length),
-            Body::Chunked => Self::Chunked(Box::new(Decoder::new(head_bytes))),
+            Body::Chunked => Self::Chunked(Box::new(Decoder::new(head_bytes).without(connection.clone()))),
             Body::UntilClose => Self::UntilClose,
         }
     }
@@ -111,8 +115,9 @@ impl Exchange {
         watch.forgive();
         watch.allow(config.http.response_timeout);
         Self {
-            upload: Left::of(request.body, config.http.head_bytes),
+            upload: Left::of(request.body, config.http.head_bytes, &request.connection),
             up: Flow::new(splicer, head),
+            cut_short: false,
             near,
             upstream,
             request,
@@ -182,6 +187,7 @@ impl Exchange {
                 // Bytes behind a response are no answer to the next request.
                 keep_upstream: self.keep_upstream && is_whole && self.answer.is_empty(),
             }),
+            Download::Switched if self.cut_short => Some(Outcome::Ended(Ended::abort(End::UpstreamReset))),
             Download::Switched if self.has_uploaded() => Some(Outcome::Switched),
             Download::Done | Download::Switched | Download::Head | Download::Body(_) => None,
         }

@@ -10,13 +10,13 @@ use super::refusal::{Refusal, Status};
 use crate::observe::counters::End;
 use crate::relay::user_tls::{Received, Then};
 use crate::relay::userspace::Door;
-use crate::relay::{Ended, Scratch, Want};
+use crate::relay::{Ended, Scratch, TURN_BYTES, Want};
 use crate::ring::Look;
 use crate::watch::Verdict;
 use std::future::poll_fn;
 use std::ops::Range;
 use std::task::{Context, Poll, ready};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// Bytes read at once where a head is expected, and read ahead while a response is on its way.
 pub const HEAD_READ_BYTES: usize = 16 << 10;
@@ -51,7 +51,7 @@ pub enum NoRequest {
     Ended(Ended),
 }
 
-/// How long a head may take.
+/// How long a head may take. Nothing that comes meanwhile renews either time.
 #[derive(Debug, Clone, Copy)]
 pub struct Patience {
     /// Until its first byte.
@@ -90,7 +90,8 @@ impl Near {
         Ok(())
     }
 
-    /// Receives about `max` bytes; plaintext lies in the scratch's pieces. `None`: nothing is there.
+    /// Receives about `max` bytes; plaintext lies in the scratch's pieces. `None`: nothing is there. What comes is no
+    /// reason to wait longer: whoever has waited for it says so to the watch.
     pub fn receive(&mut self, scratch: &mut Scratch, max: usize) -> Result<Option<Received>, Ended> {
         if self.gone.is_some() {
             return Ok(None);
@@ -133,33 +134,38 @@ impl Near {
         Ok(true)
     }
 
-    /// Waits for the next request's head, which then lies at the front of the inbox.
+    /// Waits for the next request's head, which then lies at the front of the inbox, and before that for the client to
+    /// take what it has been answered: one that takes nothing is asked for nothing more.
     pub async fn read_head(&mut self, patience: Patience) -> Result<Extent, NoRequest> {
         let mut scanner = Scanner::request();
-        let mut began: Option<Instant> = None;
+        let mut has_begun = false;
+        let mut budget = TURN_BYTES;
         let watch = self.downstream.client().watch.clone();
         watch.forgive();
         watch.allow(patience.idle);
         poll_fn(|cx| {
             loop {
-                match scanner.scan(&self.inbox, patience.limit) {
-                    Ok(Some(extent)) => return Poll::Ready(Ok(extent)),
-                    Ok(None) => {}
-                    Err(refusal) => return Poll::Ready(Err(NoRequest::Refused(refusal))),
+                if budget == 0 {
+                    ready!(self.downstream.client_mut().poll_next_turn(cx));
+                    budget = TURN_BYTES;
                 }
-                if let Some(over) = self.no_head(&scanner, patience.ends_in_drain && watch.is_draining()) {
-                    return Poll::Ready(Err(over));
+                let sent = self.downstream.flush(cx).map_err(NoRequest::Ended)?;
+                if sent {
+                    self.downstream.rest();
+                    if let Some(extent) = scanner.scan(&self.inbox, patience.limit).map_err(NoRequest::Refused)? {
+                        return Poll::Ready(Ok(extent));
+                    }
+                    if let Some(over) = self.no_head(&scanner, patience.ends_in_drain && watch.is_draining()) {
+                        return Poll::Ready(Err(over));
+                    }
+                    if !scanner.is_idle() && !std::mem::replace(&mut has_begun, true) {
+                        watch.allow(patience.head);
+                    }
                 }
-                if !scanner.is_idle() && began.is_none() {
-                    began = Some(Instant::now());
-                    watch.allow(patience.head);
-                }
-                if began.is_some_and(|began| began.elapsed() > patience.head) {
-                    return Poll::Ready(Err(NoRequest::Refused(TOO_SLOW)));
-                }
-                match self.poll_more(cx) {
+                match self.poll_more(cx, sent) {
                     Poll::Pending => return Poll::Pending,
-                    Poll::Ready(Ok(())) => {}
+                    // Whatever it was: records without data come in reads that are as long.
+                    Poll::Ready(Ok(())) => budget = budget.saturating_sub(HEAD_READ_BYTES),
                     Poll::Ready(Err(Waited::Ended(ended))) => return Poll::Ready(Err(NoRequest::Ended(ended))),
                     Poll::Ready(Err(Waited::Verdict(Verdict::Cut))) => {
                         return Poll::Ready(Err(NoRequest::Ended(Ended::abort(End::Drained))));
@@ -186,19 +192,15 @@ impl Near {
         }
     }
 
-    /// Sends what is owed and receives what is there, or waits.
-    fn poll_more(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Waited>> {
+    /// Receives what is there, or waits; until all is `sent`, for room.
+    fn poll_more(&mut self, cx: &mut Context<'_>, sent: bool) -> Poll<Result<(), Waited>> {
         let worker = self.downstream.client().worker.clone();
-        let sent = self.downstream.flush(cx).map_err(Waited::Ended)?;
-        if sent {
-            self.downstream.rest();
-        }
-        if self.read_ahead(&mut worker.scratch.borrow_mut(), usize::MAX).map_err(Waited::Ended)? {
+        if sent && self.read_ahead(&mut worker.scratch.borrow_mut(), usize::MAX).map_err(Waited::Ended)? {
             return Poll::Ready(Ok(()));
         }
         let sock = &self.downstream.client().sock;
         let want = Want {
-            client_read: !sock.readable,
+            client_read: sent && !sock.readable,
             client_write: !sent && !sock.writable && !self.downstream.is_in_flight(),
             ..Want::default()
         };

@@ -14,6 +14,7 @@ use crate::close::Closed;
 use crate::config::Http;
 use crate::observe::access::{Entry, Peer};
 use crate::observe::counters::End;
+use std::future::poll_fn;
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
@@ -56,6 +57,10 @@ pub async fn serve(near: Near, peer: Peer, http: &Http) -> Closed {
             return finish(near, End::Clean).await;
         }
         (patience.idle, patience.ends_in_drain) = (keep_alive, true);
+        if !near.inbox.is_empty() || near.downstream.is_readable() {
+            // No upstream makes it wait: without this, a client that pipelines would hold the worker.
+            poll_fn(|cx| near.downstream.client_mut().poll_next_turn(cx)).await;
+        }
     }
 }
 

@@ -31,6 +31,8 @@ pub struct Request {
     pub keep_alive: bool,
     /// The protocols that the client asks to go on with, in its words.
     pub upgrade: Option<String>,
+    /// What its trailers must not be either.
+    pub connection: Connection,
     /// The head as the upstream gets it.
     pub head: Vec<u8>,
 }
@@ -88,12 +90,14 @@ impl Request {
             minor,
             keep_alive: minor == 1 && !seen.connection.close,
             upgrade: None,
+            connection: Connection::default(),
             head: Vec::with_capacity(head.len() + 256),
         };
         if minor == 1 && seen.connection.upgrade && request.body == Body::None {
             request.upgrade = seen.upgrade.filter(|all| members(all).all(may_take_over)).map(str::to_owned);
         }
         request.write(&seen, parsed.headers, client);
+        request.connection = seen.connection;
         Ok(request)
     }
 
@@ -104,8 +108,8 @@ impl Request {
         for field in fields {
             let keep = match Field::of(field.name) {
                 Field::Other | Field::Date | Field::StrictTransportSecurity => !seen.connection.names(field.name),
-                Field::Expect => self.minor == 1,
-                Field::MaxForwards => self.method != "OPTIONS",
+                Field::Expect => self.minor == 1 && !seen.connection.names(field.name),
+                Field::MaxForwards => self.method != "OPTIONS" && !seen.connection.names(field.name),
                 Field::Host
                 | Field::ContentLength
                 | Field::TransferEncoding
@@ -120,7 +124,9 @@ impl Request {
                 put(&mut out, field.name, field.value);
             }
         }
-        if let (Some(hops), "OPTIONS") = (seen.max_forwards, self.method.as_str()) {
+        if let (Some(hops), "OPTIONS", false) =
+            (seen.max_forwards, self.method.as_str(), seen.connection.names("max-forwards"))
+        {
             say(&mut out, &["Max-Forwards: ", &(hops - 1).to_string(), "\r\n"]);
         }
         match self.body {

@@ -54,6 +54,20 @@ fn fields_of_the_connection_end_here() {
 }
 
 #[test]
+fn no_field_that_connection_names_is_passed_on() {
+    let ask = |method: &str, named: &str| {
+        let fields = format!("Connection: {named}\r\nExpect: 100-continue\r\nMax-Forwards: 3\r\nDate: x\r\n");
+        text(&parse(&format!("{method} / HTTP/1.1\r\nHost: a\r\n{fields}\r\n")).expect("good")).to_owned()
+    };
+    for method in ["POST", "OPTIONS"] {
+        let (all, none) = (ask(method, "keep-alive"), ask(method, "expect, MAX-Forwards, date"));
+        for field in ["\r\nExpect: ", "\r\nMax-Forwards: ", "\r\nDate: "] {
+            assert!(all.contains(field) && !none.contains(field), "{field:?}: {all}{none}");
+        }
+    }
+}
+
+#[test]
 fn an_upgrade_is_asked_for_only_where_it_may_come() {
     let ask = |fields: &str| parse(&format!("GET / HTTP/1.1\r\nHost: a\r\n{fields}\r\n")).expect("good").upgrade;
     assert_eq!(ask("Connection: Upgrade\r\nUpgrade: websocket\r\n"), Some("websocket".into()));

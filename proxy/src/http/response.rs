@@ -31,6 +31,8 @@ pub struct Response {
     pub kind: Kind,
     /// The head as the client gets it; empty if it does not.
     pub head: Vec<u8>,
+    /// What its trailers must not be either.
+    pub connection: Connection,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -69,11 +71,13 @@ impl Response {
         };
         let seen = Seen::of(parsed.headers, minor).map_err(Refusal::of_upstream)?;
         let kind = seen.kind(status, minor, asked)?;
-        let mut response = Self { status, kind, head: Vec::with_capacity(head.len() + 160) };
+        let head = Vec::with_capacity(head.len() + 160);
+        let mut response = Self { status, kind, head, connection: Connection::default() };
         // RFC 9110 section 15.2: a client of HTTP/1.0 knows no interim responses.
         if kind != Kind::Interim || asked.minor == 1 {
             response.write(parsed.reason.unwrap_or_default(), &seen, parsed.headers, asked);
         }
+        response.connection = seen.connection;
         Ok(response)
     }
 

@@ -6,7 +6,7 @@
 //! Requests that were pipelined are answered one after the other. An upgraded connection is an ordinary relay, which
 //! knows the door, half-closes and truncation already.
 
-use super::downstream::Downstream;
+use super::downstream::{Downstream, KEPT_PARTS};
 use super::exchange::{Exchange, Outcome};
 use super::near::{Gone, Near, NoRequest, Patience};
 use super::refusal::{Refusal, Status, page};
@@ -147,6 +147,8 @@ async fn conclude(
             if !keep_upstream {
                 end_upstream(&mut done).await;
             }
+            // A long response may have taken what was left: better no answer to the next request than half of one.
+            let keep_client = keep_client && !done.near.downstream.is_key_short(KEPT_PARTS);
             let Exchange { near, upstream, .. } = *done;
             if keep_upstream {
                 worker.pool.put(&service.upstream.servers[server], upstream, service.config.http.upstream_idle);

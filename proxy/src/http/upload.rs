@@ -12,7 +12,8 @@ use super::refusal::Refusal;
 use crate::observe::counters::End;
 use crate::protect::PLAIN_BYTES;
 use crate::relay::flow::Drained;
-use crate::relay::{Ended, RECEIVE_BYTES, Scratch, TURN_BYTES, Turn};
+use crate::relay::{Ended, RECEIVE_BYTES, Scratch, TURN_BYTES, Turn, cuts_short};
+use std::io;
 use std::task::{Context, Poll};
 
 impl Exchange {
@@ -50,18 +51,24 @@ impl Exchange {
 
     /// True when all has gone to the upstream.
     fn drain_up(&mut self, cx: &mut Context<'_>) -> bool {
-        let counters = &self.near.downstream.client().worker.counters;
-        match self.up.drain(cx, &mut self.upstream, |n| counters.up_spliced.add(n as u64)) {
+        let (client, held) = (self.near.downstream.client(), self.up.held_bytes());
+        let count = |n| client.worker.counters.up_spliced.add(n as u64);
+        let drained = self.up.drain(cx, &mut self.upstream, count);
+        if self.up.held_bytes() < held {
+            client.watch.touch();
+        }
+        match drained {
             Ok(drained) => drained == Drained::Empty,
-            Err(_) => {
-                self.abandon();
+            Err(e) => {
+                self.abandon(&e);
                 false
             }
         }
     }
 
     /// The upstream takes no more: it may still have an answer.
-    fn abandon(&mut self) {
+    fn abandon(&mut self, error: &io::Error) {
+        self.cut_short = cuts_short(error);
         self.upload = Left::Abandoned;
         self.up.rest();
     }
@@ -90,14 +97,11 @@ impl Exchange {
             self.near.note(received.then).map_err(Outcome::Ended)?;
             return Ok(Poll::Ready(received.bytes));
         }
-        // Not much more than the body: what is beyond it is kept.
-        let max = match self.upload {
-            Left::Length(left) => usize::try_from(left).unwrap_or(usize::MAX).max(RECEIVE_BYTES),
-            _ => RECEIVE_BYTES,
-        };
+        let max = most_bytes(&self.upload);
         let Some(received) = self.near.receive(scratch, max).map_err(Outcome::Ended)? else {
             return Ok(Poll::Ready(0));
         };
+        self.near.downstream.client().watch.touch();
         self.take_pieces(scratch)?;
         Ok(Poll::Ready(received.bytes))
     }
@@ -120,8 +124,8 @@ impl Exchange {
             ours = if len > 0 { n + 1 } else { ours };
         }
         let is_over = *left == 0;
-        if self.up.hand_on(&self.upstream, &scratch.received, &scratch.pieces[..ours]).is_err() {
-            self.abandon();
+        if let Err(e) = self.up.hand_on(&self.upstream, &scratch.received, &scratch.pieces[..ours]) {
+            self.abandon(&e);
             return Ok(());
         }
         self.near.downstream.handed_on(self.up.is_empty());
@@ -176,5 +180,14 @@ impl Exchange {
             Download::Head => Outcome::Refused(refusal),
             Download::Body(_) | Download::Done | Download::Switched => Outcome::Ended(Ended::abort(End::BadRequest)),
         }
+    }
+}
+
+/// Received at once: not much more than the body, as what is beyond it is kept. Where chunks end is only known when they
+/// are there, so behind the last one it may be all that a read gives.
+fn most_bytes(upload: &Left) -> usize {
+    match upload {
+        Left::Length(left) => usize::try_from(*left).unwrap_or(usize::MAX).saturating_add(HEAD_READ_BYTES),
+        Left::Chunked(_) | Left::Nothing | Left::UntilClose | Left::Abandoned => RECEIVE_BYTES,
     }
 }

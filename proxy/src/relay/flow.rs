@@ -75,8 +75,18 @@ impl Flow {
         self.in_flight.is_some()
     }
 
+    /// That splice is one to the sink.
+    pub fn is_sending(&self) -> bool {
+        self.phase == Phase::Drain && self.in_flight.is_some()
+    }
+
     pub fn in_pipe(&self) -> usize {
         self.pipe.as_ref().map_or(0, |p| p.bytes)
+    }
+
+    /// Bytes on the way.
+    pub fn held_bytes(&self) -> usize {
+        self.spare.len() + self.in_pipe()
     }
 
     /// Capacity of the pipe in pages: what its fragments are counted in.

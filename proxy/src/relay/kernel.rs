@@ -96,7 +96,7 @@ impl Kernel {
     fn turn_up(&mut self, cx: &mut Context<'_>) -> Result<Turn, Ended> {
         let mut budget = TURN_BYTES;
         loop {
-            if matches!(self.up, Up::Finished | Up::Broken(_)) {
+            if matches!(self.up, Up::Finished | Up::Broken(_) | Up::Reset) {
                 return Ok(Turn::Wait);
             }
             if !self.up_flow.fills() && !self.drain_up(cx) {
@@ -122,26 +122,31 @@ impl Kernel {
 
     /// True when all has gone to the upstream.
     fn drain_up(&mut self, cx: &mut Context<'_>) -> bool {
-        let counters = &self.tls.client.worker.counters;
-        match self.up_flow.drain(cx, &mut self.upstream, |n| counters.up_spliced.add(n as u64)) {
+        let (client, held) = (&self.tls.client, self.up_flow.held_bytes());
+        let count = |n| client.worker.counters.up_spliced.add(n as u64);
+        let drained = self.up_flow.drain(cx, &mut self.upstream, count);
+        if self.up_flow.held_bytes() < held {
+            client.watch.touch();
+        }
+        match drained {
             Ok(drained) => drained == Drained::Empty,
-            Err(_) => {
+            Err(e) => {
                 // The upstream takes no more: it may still have an answer, so only this direction ends.
-                self.break_up(End::UpstreamReset, HALF_OPEN_TIMEOUT);
+                self.break_up(Up::untaken(&e), HALF_OPEN_TIMEOUT);
                 false
             }
         }
     }
 
-    fn break_up(&mut self, how: End, silence: Duration) {
-        self.up = Up::Broken(how);
+    fn break_up(&mut self, how: Up, silence: Duration) {
+        self.up = how;
         self.up_flow.rest();
         self.tls.client.watch.allow_at_most(silence);
     }
 
     /// Takes one record or what is at the head instead; gives the bytes taken.
     fn fill_up(&mut self, cx: &mut Context<'_>) -> Result<Poll<usize>, Ended> {
-        self.tls.is_sending = self.down_flow.is_in_flight();
+        self.tls.is_sending = self.down_flow.is_sending();
         let worker = self.tls.client.worker.clone();
         let mut scratch = worker.scratch.borrow_mut();
         let received = if self.tls.copies_up() {
@@ -155,9 +160,9 @@ impl Kernel {
         match received.then {
             Then::Open => {}
             Then::Closed => self.up = Up::Closing,
-            Then::Truncated => self.break_up(End::ClientTruncated, HALF_OPEN_TIMEOUT),
+            Then::Truncated => self.break_up(Up::Broken(End::ClientTruncated), HALF_OPEN_TIMEOUT),
             // Sending is healthy: the download goes on.
-            Then::NoRekey => self.break_up(End::NoRekey, NO_REKEY_QUIET),
+            Then::NoRekey => self.break_up(Up::Broken(End::NoRekey), NO_REKEY_QUIET),
             Then::Refused(ended) => return Err(ended),
         }
         Ok(Poll::Ready(received.bytes))
@@ -168,8 +173,8 @@ impl Kernel {
         if received.bytes > 0 {
             self.tls.client.worker.counters.up_copied.add(received.bytes as u64);
             let all = 0..received.bytes;
-            if self.up_flow.hand_on(&self.upstream, &scratch.received, std::slice::from_ref(&all)).is_err() {
-                self.break_up(End::UpstreamReset, HALF_OPEN_TIMEOUT);
+            if let Err(e) = self.up_flow.hand_on(&self.upstream, &scratch.received, std::slice::from_ref(&all)) {
+                self.break_up(Up::untaken(&e), HALF_OPEN_TIMEOUT);
             }
             self.tls.handed_on(self.up_flow.is_empty());
         }
@@ -227,10 +232,16 @@ impl Kernel {
         match ready!(self.tls.fill_down(cx, &mut self.down_flow, &mut self.upstream, &mut scratch, TURN_BYTES)) {
             Sealed::Bytes(n) => return Poll::Ready(n),
             Sealed::Nothing => {}
-            Sealed::Eof => self.down = Down::Closing,
-            Sealed::Broken => self.down = Down::Broken,
+            Sealed::Eof if self.awaits_drain() => return Poll::Pending,
+            Sealed::Eof if self.up != Up::Reset => self.down = Down::Closing,
+            Sealed::Eof | Sealed::Broken => self.down = Down::Broken,
         }
         Poll::Ready(0)
+    }
+
+    /// A drain on the ring may have been told of the upstream's reset already, and will tell us.
+    fn awaits_drain(&self) -> bool {
+        matches!(self.up, Up::Open | Up::Closing) && self.up_flow.is_sending()
     }
 
     /// Pipe empty, socket writable, close_notify, FIN: any other order can cut a record that the kernel still holds.
@@ -238,7 +249,7 @@ impl Kernel {
         self.down_flow.rest();
         match self.tls.send_close_notify() {
             Ok(true) => {
-                self.tls.client.sock.finish();
+                self.tls.finish();
                 self.down = Down::Finished;
                 self.tls.client.watch.allow_at_most(HALF_OPEN_TIMEOUT);
             }

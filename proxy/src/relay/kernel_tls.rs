@@ -49,6 +49,10 @@ pub struct KernelTls {
     /// The last time it was as much as was asked for.
     received_in_full: bool,
     short_reads: ShortReads,
+    /// What splice refused to take behind a pipe that was not empty: a malformed header is told of once.
+    refused: Option<io::Error>,
+    /// A partial record counts as readable.
+    partial_record_wakes: bool,
     /// SO_RCVLOWAT stands above 1, because a partial record would wake us for ever; read again when this is over.
     low_water: Option<Pin<Box<Sleep>>>,
     /// A splice to the client runs on the ring: no record of ours may come between.
@@ -64,6 +68,7 @@ impl KernelTls {
             client.sock.read_by_level();
         }
         Self {
+            partial_record_wakes: client.worker.kernel.partial_record_wakes,
             client,
             keys,
             key_update_due: false,
@@ -71,6 +76,7 @@ impl KernelTls {
             reach_up: Reach::default(),
             received_in_full: false,
             short_reads: ShortReads::default(),
+            refused: None,
             low_water: None,
             is_sending: false,
         }
@@ -95,7 +101,8 @@ impl KernelTls {
             return Poll::Ready(Ok(()));
         }
         let ready = self.client.poll_ready(cx, upstream, want, look);
-        if self.lower_low_water(cx) && ready.is_pending() {
+        // While a splice on the ring reads again, the mark stays: what waits at it has not begun.
+        if want.client_read && self.lower_low_water(cx) && ready.is_pending() {
             self.client.sock.readable = true;
             return Poll::Ready(Ok(()));
         }
@@ -106,7 +113,7 @@ impl KernelTls {
     /// more than the bytes counted here may have come before the mark was set.
     fn raise_low_water(&mut self) -> bool {
         let armed = self.low_water.is_some() || self.client.sock.read_armed();
-        if !self.client.worker.kernel.partial_record_wakes || armed {
+        if !self.partial_record_wakes || armed {
             return true;
         }
         match socket::readable_bytes(self.client.sock.fd()) {
@@ -150,9 +157,10 @@ impl KernelTls {
     ) -> Poll<Sealed> {
         let max = max.min(TURN_BYTES);
         let is_short = self.client.worker.ways.copies_short && self.short_reads.are_usual();
+        let spliced = !is_short && flow.has_pipe(&self.client.share);
         let result = if is_short {
             self.copy_down(flow, upstream, scratch, max.min(PLAIN_BYTES))
-        } else if flow.has_pipe(&self.client.share) {
+        } else if spliced {
             let result = ready!(flow.poll_fill(cx, upstream, max));
             if flow.in_pipe() > 0 {
                 flow.turn_to_drain();
@@ -170,7 +178,8 @@ impl KernelTls {
                 }
                 self.client.moved_down += n as u64;
                 self.client.watch.touch();
-                upstream.readable &= n >= PLAIN_BYTES.min(max);
+                // A pipe may be full of few bytes: small pieces take a slot each.
+                upstream.readable &= spliced || n >= PLAIN_BYTES.min(max);
                 Sealed::Bytes(n)
             }
             Err(e) if socket::is_again(&e) => {
@@ -198,8 +207,11 @@ impl KernelTls {
 
     /// Sends what is on the way. True when all has gone to the client.
     pub fn drain(&mut self, cx: &mut Context<'_>, flow: &mut Flow) -> Result<bool, Ended> {
-        let mut spliced = 0;
+        let (mut spliced, held) = (0, flow.held_bytes());
         let drained = flow.drain(cx, &mut self.client.sock, |n| spliced += n);
+        if flow.held_bytes() < held {
+            self.client.watch.touch();
+        }
         if spliced > 0 {
             self.client.worker.counters.down_spliced.add(spliced as u64);
             self.sealed(spliced);
@@ -217,11 +229,21 @@ impl KernelTls {
         self.client.worker.ways.copies_up
     }
 
+    /// As `receive_quietly`, and what comes renews the connection's time.
+    pub fn receive(&mut self, scratch: &mut Scratch, max: usize) -> Result<Received, Ended> {
+        let received = self.receive_quietly(scratch, max)?;
+        if received.bytes > 0 {
+            self.client.watch.touch();
+        }
+        Ok(received)
+    }
+
     /// Receives at most `max` bytes to the front of `scratch.received`, or what stands at the head instead. With no
     /// bytes and an open stream, `readable` tells whether anything was there.
-    pub fn receive(&mut self, scratch: &mut Scratch, max: usize) -> Result<Received, Ended> {
+    pub fn receive_quietly(&mut self, scratch: &mut Scratch, max: usize) -> Result<Received, Ended> {
         let at_once = max.min(self.reach_up.bytes(&self.client.worker.send_memory));
-        let received = self.read(&mut scratch.received[..at_once], None)?;
+        let refused = self.refused.take();
+        let received = self.read(&mut scratch.received[..at_once], refused)?;
         self.received_in_full = received.bytes == at_once;
         Ok(received)
     }
@@ -240,13 +262,18 @@ impl KernelTls {
         max: usize,
     ) -> Poll<Result<Received, Ended>> {
         const NOTHING: Poll<Result<Received, Ended>> = Poll::Ready(Ok(Received { bytes: 0, then: Then::Open }));
+        let buffer = &mut scratch.received[..COPY_BYTES.min(max)];
         if !flow.has_pipe(&self.client.share) {
-            return Poll::Ready(self.copy(flow, &mut scratch.received[..COPY_BYTES.min(max)], None));
+            let refused = self.refused.take();
+            return Poll::Ready(self.copy(flow, buffer, refused));
         }
         let held = flow.in_pipe();
-        match ready!(flow.poll_fill(cx, &self.client.sock, max.min(TURN_BYTES))) {
+        let result = ready!(flow.poll_fill(cx, &self.client.sock, max.min(TURN_BYTES)));
+        let refused = self.refused.take();
+        match result {
             Ok(n) if n > 0 => {
                 self.took_data(n);
+                self.client.watch.touch();
                 // Less than a full record, most likely the last one for now; a poll tells if it was not.
                 self.client.sock.readable &= n >= PLAIN_BYTES.min(max);
                 let room = (held + n) / PLAIN_BYTES + 2;
@@ -260,6 +287,7 @@ impl KernelTls {
                 }
                 Poll::Ready(Ok(Received { bytes: n, then: Then::Open }))
             }
+            Err(e) if socket::is_again(&e) && refused.is_some() => Poll::Ready(self.copy(flow, buffer, refused)),
             Err(e) if socket::is_again(&e) => {
                 self.client.sock.readable = false;
                 if held > 0 {
@@ -269,19 +297,21 @@ impl KernelTls {
             }
             // The error is told once; a read after it would say that the stream has ended.
             Err(e) if is_gone(&e) => Poll::Ready(Err(Ended::abort(End::ClientReset))),
-            _ if held > 0 => {
-                // What is in the pipe came first; afterwards splice refuses again.
+            result if held > 0 => {
+                // What is in the pipe came first.
+                self.refused = result.err();
                 flow.turn_to_drain();
                 NOTHING
             }
-            Ok(_) => Poll::Ready(self.copy(flow, &mut scratch.received[..COPY_BYTES.min(max)], None)),
-            Err(e) => Poll::Ready(self.copy(flow, &mut scratch.received[..COPY_BYTES.min(max)], Some(e))),
+            Ok(_) => Poll::Ready(self.copy(flow, buffer, None)),
+            Err(e) => Poll::Ready(self.copy(flow, buffer, Some(e))),
         }
     }
 
     fn copy(&mut self, flow: &mut Flow, buffer: &mut [u8], refused: Option<io::Error>) -> Result<Received, Ended> {
         let received = self.read(buffer, refused)?;
         if received.bytes > 0 {
+            self.client.watch.touch();
             self.client.worker.counters.up_copied.add(received.bytes as u64);
             flow.copy(&buffer[..received.bytes]);
         }
@@ -291,7 +321,6 @@ impl KernelTls {
     fn took_data(&mut self, bytes: usize) {
         self.storm.received_data();
         self.client.moved_up += bytes as u64;
-        self.client.watch.touch();
     }
 
     /// Reads what splice would not take, or what is to be looked at. With no bytes and an open stream, `readable` tells
@@ -299,7 +328,13 @@ impl KernelTls {
     fn read(&mut self, buffer: &mut [u8], refused: Option<io::Error>) -> Result<Received, Ended> {
         let mut received = Received { bytes: 0, then: Then::Open };
         match record::read_head(self.client.sock.fd(), buffer, self.keys.is_tls12()) {
-            Head::Data(0) | Head::Ignored => {}
+            // What says nothing is a storm too, so many times in a row.
+            Head::Data(0) | Head::Ignored => {
+                if self.storm.received_key_update() {
+                    let alert = Some(alert::UNEXPECTED_MESSAGE);
+                    return Err(self.refuse(Fatal { how: End::UnexpectedMessage, alert }));
+                }
+            }
             Head::Data(n) => {
                 self.took_data(n);
                 received.bytes = n;
@@ -365,6 +400,11 @@ impl KernelTls {
         self.keys.is_used_up(self.client.sock.fd())
     }
 
+    /// Our key has no next, and less than one part in `parts` is left of it.
+    pub fn is_key_short(&mut self, parts: u64) -> bool {
+        !self.keys.can_renew(&self.client.worker.kernel) && self.keys.is_short(self.client.sock.fd(), parts)
+    }
+
     /// Has our key changed, where this kernel and the protocol can.
     pub fn renew_key(&mut self) -> bool {
         let can = self.keys.can_renew(&self.client.worker.kernel);
@@ -415,5 +455,12 @@ impl KernelTls {
             }
             Err(e) => Err(e),
         }
+    }
+
+    /// Sends the FIN. Behind it every kernel calls a partial record readable: tls_sk_poll (net/tls/tls_main.c) looks into
+    /// the records of established connections alone. Where we wait for edges that wakes nobody.
+    pub fn finish(&mut self) {
+        self.client.sock.finish();
+        self.partial_record_wakes |= !self.copies_up();
     }
 }

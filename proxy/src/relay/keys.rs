@@ -15,6 +15,8 @@ use std::os::fd::BorrowedFd;
 
 /// Records left over when a key counts as used up: more than one full pipe can become.
 const RESERVE_RECORDS: u64 = 1024;
+/// Parts of a key are parts of no more than this: one for 2^24 records is not short while thousands are left.
+const PARTED_RECORDS: u64 = 1024;
 /// Records of a splice beyond those that its bytes fill: one for each 17 fragments of a pipe of 256, and the last.
 const FRAGMENT_RECORDS: u64 = 17;
 
@@ -104,6 +106,11 @@ impl UserKeys {
         self.records_left() < more as u64
     }
 
+    /// Our key has no next, and less than one part in `parts` is left of it.
+    pub fn is_short(&self, parts: u64) -> bool {
+        self.ring.is_tls12() && self.records_left() < self.ring.limit.min(PARTED_RECORDS) / parts
+    }
+
     /// Gives both keys to the kernel. The direction names what failed.
     pub fn into_kernel(self, client: BorrowedFd<'_>) -> Result<KernelKeys, (Direction, io::Error)> {
         let Self { ring, tx, rx, tx_secret, rx_secret } = self;
@@ -152,7 +159,19 @@ impl KernelKeys {
 
     /// Our key has protected all that it may. Asks the kernel only when the estimate says so.
     pub fn is_used_up(&mut self, client: BorrowedFd<'_>) -> bool {
-        let limit = self.ring.limit - RESERVE_RECORDS.min(self.ring.limit / 2);
+        self.has_sealed(client, self.usable())
+    }
+
+    /// Less than one part in `parts` is left of our key.
+    pub fn is_short(&mut self, client: BorrowedFd<'_>, parts: u64) -> bool {
+        self.has_sealed(client, self.usable() - self.usable().min(PARTED_RECORDS) / parts)
+    }
+
+    fn usable(&self) -> u64 {
+        self.ring.limit - RESERVE_RECORDS.min(self.ring.limit / 2)
+    }
+
+    fn has_sealed(&mut self, client: BorrowedFd<'_>, limit: u64) -> bool {
         if self.sealed_at_most < limit {
             return false;
         }

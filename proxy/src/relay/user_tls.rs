@@ -121,9 +121,23 @@ impl UserTls {
 
     // ---- client's plaintext
 
+    /// As `receive_quietly`, and every byte that comes renews the connection's time.
+    pub fn receive(&mut self, scratch: &mut Scratch, max: usize, exact: bool) -> Result<Option<Received>, Ended> {
+        let received = self.receive_quietly(scratch, max, exact)?;
+        if received.is_some_and(|received| received.then != Then::Truncated) {
+            self.client.watch.touch();
+        }
+        Ok(received)
+    }
+
     /// Reads at most `max` bytes of ciphertext and opens what is complete. `exact`: no byte beyond the next record, so
     /// that the stream comes to stand at a boundary. `None`: nothing to read.
-    pub fn receive(&mut self, scratch: &mut Scratch, max: usize, exact: bool) -> Result<Option<Received>, Ended> {
+    pub fn receive_quietly(
+        &mut self,
+        scratch: &mut Scratch,
+        max: usize,
+        exact: bool,
+    ) -> Result<Option<Received>, Ended> {
         scratch.pieces.clear();
         let kept = self.leftover.len();
         if !self.is_readable() {
@@ -180,7 +194,6 @@ impl UserTls {
             }
         }
         self.leftover = if at == received || then != Then::Open { Vec::new() } else { wire[at..].to_vec() };
-        self.client.watch.touch();
         Received { bytes: pieces.iter().map(Range::len).sum(), then }
     }
 
@@ -201,11 +214,10 @@ impl UserTls {
             Err(error) => return Err(self.refuse(refusal(error))),
         };
         match kind {
+            content_type::APPLICATION_DATA if range.is_empty() => self.nothing_received(),
             content_type::APPLICATION_DATA => {
-                if !range.is_empty() {
-                    self.storm.received_data();
-                    gather(wire, range, pieces);
-                }
+                self.storm.received_data();
+                gather(wire, range, pieces);
                 Ok(Then::Open)
             }
             content_type::ALERT => self.head(record::read_alert(&wire[range], tls12)),
@@ -216,11 +228,17 @@ impl UserTls {
 
     fn head(&mut self, head: Head) -> Result<Then, Ended> {
         match head {
-            Head::Ignored | Head::Data(_) | Head::Nothing | Head::Eof => Ok(Then::Open),
+            Head::Ignored => self.nothing_received(),
+            Head::Data(_) | Head::Nothing | Head::Eof => Ok(Then::Open),
             Head::CloseNotify => Ok(Then::Closed),
             Head::KeyUpdate { reply } => self.key_update_received(reply).map(|()| Then::Open),
             Head::Renegotiation | Head::Fatal(_) => Err(self.refuse_head(head)),
         }
+    }
+
+    /// A record that says nothing: so many of them in a row are a storm too, as BoringSSL and Go have it.
+    fn nothing_received(&mut self) -> Result<Then, Ended> {
+        if self.storm.received_key_update() { Err(self.refuse_head(record::unexpected())) } else { Ok(Then::Open) }
     }
 
     fn key_update_received(&mut self, reply: bool) -> Result<(), Ended> {
@@ -309,7 +327,8 @@ impl UserTls {
             return Ok(());
         }
         self.to_client.append(&mut self.tickets);
-        self.flush().map(drop).map_err(Ended::client_gone)
+        // That a client takes these is no reason to wait longer.
+        self.to_client.flush(&mut self.client.sock).map(drop).map_err(Ended::client_gone)
     }
 
     /// The FIN is to follow it at once, and may be in the same segment.
@@ -333,7 +352,12 @@ impl UserTls {
 
     /// Sends what is queued. True when nothing is left.
     pub fn flush(&mut self) -> std::io::Result<bool> {
-        self.to_client.flush(&mut self.client.sock)
+        let before = self.to_client.len();
+        let flushed = self.to_client.flush(&mut self.client.sock);
+        if self.to_client.len() < before {
+            self.client.watch.touch();
+        }
+        flushed
     }
 
     /// Reads at most `max` bytes of plaintext, and no more than the client has room for, to where their records will be,
@@ -430,5 +454,6 @@ fn refusal(error: OpenError) -> Fatal {
         OpenError::BadMac => Fatal { how: End::BadRecordMac, alert: Some(alert::BAD_RECORD_MAC) },
         OpenError::Overflow => Fatal { how: End::BadRecord, alert: Some(alert::RECORD_OVERFLOW) },
         OpenError::Malformed => Fatal { how: End::BadRecord, alert: Some(alert::DECODE_ERROR) },
+        OpenError::NoType => Fatal { how: End::UnexpectedMessage, alert: Some(alert::UNEXPECTED_MESSAGE) },
     }
 }

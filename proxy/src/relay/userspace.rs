@@ -13,6 +13,7 @@ use super::{Down, Ended, Scratch, Spare, TURN_BYTES, Turn, Up, Want, hand_on, ov
 use crate::observe::counters::End;
 use crate::protect::PLAIN_BYTES;
 use crate::ring::{Look, Sock};
+use std::io;
 use std::task::{Context, Poll, ready};
 
 /// When a connection goes through the door.
@@ -88,7 +89,7 @@ impl Userspace {
     fn turn_up(&mut self, scratch: &mut Scratch) -> Result<Turn, Ended> {
         let mut budget = TURN_BYTES;
         loop {
-            if matches!(self.up, Up::Finished | Up::Broken(_)) || !self.flush_up() {
+            if matches!(self.up, Up::Finished | Up::Broken(_) | Up::Reset) || !self.flush_up() {
                 return Ok(Turn::Wait);
             }
             if self.up == Up::Closing {
@@ -111,15 +112,15 @@ impl Userspace {
 
     /// Hands on what was received, then notes how the stream stands behind it.
     fn take(&mut self, scratch: &Scratch, received: Received) -> Result<(), Ended> {
-        if hand_on(&self.upstream, &scratch.received, &scratch.pieces, &mut self.to_upstream).is_err() {
-            self.give_up_upload();
+        if let Err(e) = hand_on(&self.upstream, &scratch.received, &scratch.pieces, &mut self.to_upstream) {
+            self.give_up_upload(&e);
         }
         self.tls.handed_on(self.to_upstream.is_empty());
         self.tls.client.moved_up += received.bytes as u64;
         self.tls.client.worker.counters.up_copied.add(received.bytes as u64);
         match received.then {
             Then::Open => {}
-            Then::Closed if matches!(self.up, Up::Broken(_)) => {}
+            Then::Closed if self.up != Up::Open => {}
             Then::Closed => self.up = Up::Closing,
             Then::Truncated => {
                 self.up = Up::Broken(End::ClientTruncated);
@@ -133,19 +134,24 @@ impl Userspace {
 
     /// True when nothing is left to send.
     fn flush_up(&mut self) -> bool {
-        match self.to_upstream.flush(&mut self.upstream) {
+        let before = self.to_upstream.len();
+        let flushed = self.to_upstream.flush(&mut self.upstream);
+        if self.to_upstream.len() < before {
+            self.tls.client.watch.touch();
+        }
+        match flushed {
             Ok(done) => done,
-            Err(_) => {
-                self.give_up_upload();
+            Err(e) => {
+                self.give_up_upload(&e);
                 false
             }
         }
     }
 
     /// The upstream takes no more: it may still have an answer, so only this direction ends.
-    fn give_up_upload(&mut self) {
+    fn give_up_upload(&mut self, error: &io::Error) {
         self.to_upstream.clear();
-        self.up = Up::Broken(End::UpstreamReset);
+        self.up = Up::untaken(error);
         self.tls.client.watch.allow_at_most(HALF_OPEN_TIMEOUT);
     }
 
@@ -192,9 +198,9 @@ impl Userspace {
             }
             match self.tls.seal_from(&mut self.upstream, scratch, u64::MAX)? {
                 Sealed::Bytes(moved) => budget = budget.saturating_sub(moved),
-                Sealed::Eof => self.down = Down::Closing,
+                Sealed::Eof if self.up != Up::Reset => self.down = Down::Closing,
                 Sealed::Nothing => return Ok(Turn::Wait),
-                Sealed::Broken => {
+                Sealed::Eof | Sealed::Broken => {
                     self.down = Down::Broken;
                     return Ok(Turn::Wait);
                 }

@@ -8,11 +8,14 @@ use crate::environment::{Environment, Relay};
 use crate::exchange::Setup;
 use crate::pattern::Pattern;
 use crate::run::{Context, Test};
-use crate::scrape::Metrics;
+use crate::scrape::{Metrics, Threads};
+use crate::talk;
 use crate::upstream::{PeerEnd, Stream};
 use anyhow::{Context as _, Result, ensure};
+use std::io::ErrorKind;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// How seldom tlsplice's clock ticks.
 const TICK: Duration = Duration::from_millis(250);
@@ -27,9 +30,13 @@ pub fn tests(env: &Environment) -> Vec<Test> {
     add("client_reset_resets_the_upstream", client_reset);
     add("a_client_that_resets_after_its_own_end_is_noticed", reset_after_end);
     add("upstream_reset_gives_the_client_no_close_notify", upstream_reset);
+    add("upstream_reset_under_a_blocked_upload_gives_the_client_no_close_notify", reset_under_upload);
+    add("upstream_reset_under_a_blocked_request_is_no_end_of_a_response_until_close", reset_under_request);
+    add("upstream_reset_behind_its_fin_leaves_the_download_whole", reset_behind_fin);
     add("a_tampered_record_ends_with_bad_record_mac_and_nothing_behind_it_passes", tampered);
     add("nothing_behind_close_notify_reaches_the_upstream", after_close_notify);
     add("an_alert_of_the_client_resets_the_upstream", client_alert);
+    add("a_client_that_stays_with_half_a_header_behind_our_end_is_waited_for_at_rest", half_a_header);
     tests
 }
 
@@ -201,6 +208,90 @@ fn upstream_reset(ctx: &Context, relay: Relay) -> Result<()> {
     scenes(ctx, relay, &VERSIONS, "upstream_reset", scene).map(drop)
 }
 
+/// More than all queues on the way to an upstream that does not read.
+const BLOCKED_BYTES: u64 = 24 << 20;
+
+/// Uploads until nobody takes more; then the upstream does `last`. What the client saw of that, and of its upload.
+fn while_blocked(ctx: &Context, client: &mut Client, last: impl FnOnce() -> Result<()>) -> Result<(Ended, Result<()>)> {
+    let Client { tx, rx } = client;
+    let sent = &AtomicU64::new(0);
+    thread::scope(|scope| {
+        let sending = scope.spawn(move || -> Result<()> {
+            let mut at = 0;
+            while at < BLOCKED_BYTES {
+                let piece = Pattern::up().at(at, usize::try_from((BLOCKED_BYTES - at).min(1 << 16))?);
+                tx.data(piece)?;
+                at += piece.len() as u64;
+                sent.store(at, Relaxed);
+            }
+            Ok(())
+        });
+        let mut before = u64::MAX;
+        while before != sent.load(Relaxed) {
+            before = sent.load(Relaxed);
+            thread::sleep(ctx.environment.moment() * 100);
+        }
+        ensure!(before < BLOCKED_BYTES, "the upload was not blocked");
+        last()?;
+        let ended = rx.drain(None)?;
+        Ok((ended, sending.join().expect("the sender does not panic")))
+    })
+}
+
+/// That both halves are over, by a reset: it is told once, to whichever half asks first.
+fn check_reset((ended, upload): (Ended, Result<()>)) -> Result<()> {
+    ensure!(ended.how != How::CloseNotify, "a reset passed for a clean end: {ended:?}");
+    let upload = upload.err().context("the upload went on")?;
+    let error = upload.root_cause().downcast_ref::<std::io::Error>().map(std::io::Error::kind);
+    ensure!(ended.how == How::Reset || error == Some(ErrorKind::ConnectionReset), "{ended:?}, upload: {upload:#}");
+    Ok(())
+}
+
+fn reset_under_upload(ctx: &Context, relay: Relay) -> Result<()> {
+    let scene = |ctx: &Context, mut client: Client, stream: Stream| {
+        check_reset(while_blocked(ctx, &mut client, move || {
+            stream.send(Pattern::down().at(WARM_BYTES, 100_000))?;
+            stream.reset()
+        })?)
+    };
+    scenes(ctx, relay, &VERSIONS, "upstream_reset", scene).map(drop)
+}
+
+fn reset_under_request(ctx: &Context, relay: Relay) -> Result<()> {
+    let setup = talk::manual(ctx, relay, &DOORS)?;
+    for (listener, door) in DOORS.into_iter().enumerate() {
+        let mut client = setup.client(ctx, listener, TLS13_AES_256)?;
+        let head = format!("PUT /x HTTP/1.1\r\nHost: a\r\nContent-Length: {BLOCKED_BYTES}\r\n\r\n");
+        client.tx.data(head.as_bytes())?;
+        let stream = setup.upstream.accept()?;
+        talk::heard(&stream, "\r\n\r\n")?;
+        let seen = while_blocked(ctx, &mut client, move || {
+            stream.send(&[b"HTTP/1.1 200 OK\r\n\r\n", Pattern::down().at(0, 100_000)].concat())?;
+            stream.reset()
+        })?;
+        check_reset(seen).with_context(|| format!("offload_after {door}"))?;
+        drop(client);
+        let metrics = setup.proxy.settled()?;
+        let ended = listener as u64 + 1;
+        ensure!(metrics.ended("upstream_reset") == ended, "offload_after {door}: endings: {}", metrics.endings());
+    }
+    setup.finish(ctx).map(drop)
+}
+
+/// What a FIN has ended is whole, whatever becomes of the connection.
+fn reset_behind_fin(ctx: &Context, relay: Relay) -> Result<()> {
+    let scene = |ctx: &Context, mut client: Client, stream: Stream| {
+        let (ended, _) = while_blocked(ctx, &mut client, move || {
+            stream.send(Pattern::down().at(WARM_BYTES, 10_000))?;
+            stream.fin()?;
+            stream.reset()
+        })?;
+        ensure!((ended.bytes, ended.how) == (10_000, How::CloseNotify), "the client saw {ended:?}");
+        Ok(())
+    };
+    scenes(ctx, relay, &VERSIONS, "upstream_reset", scene).map(drop)
+}
+
 fn tampered(ctx: &Context, relay: Relay) -> Result<()> {
     let scene = |_: &Context, mut client: Client, stream: Stream| {
         let mut bytes = client.tx.seal(DATA, Pattern::up().at(WARM_BYTES, 1_000), 0)?;
@@ -245,4 +336,45 @@ fn client_alert(ctx: &Context, relay: Relay) -> Result<()> {
         Ok(())
     };
     scenes(ctx, relay, &VERSIONS, "client_alert", scene).map(drop)
+}
+
+/// Behind our FIN the front of a record counts as readable, to the relay and to those who close: waiting for the rest of it
+/// must not become asking for it.
+fn half_a_header(ctx: &Context, relay: Relay) -> Result<()> {
+    let setup = Setup::manual(ctx, relay, &DOORS)?;
+    for (listener, door) in DOORS.into_iter().enumerate() {
+        for closes_first in [true, false] {
+            let what = || format!("offload_after {door}, the client closes first: {closes_first}");
+            let (mut client, stream) = setup.open(ctx, listener, TLS13_AES_256, WARM_BYTES)?;
+            let kind = if closes_first { ALERT } else { DATA };
+            let mut last = client.tx.seal(kind, &[1, 0], 0)?;
+            last.extend([DATA, 3, 3]);
+            if closes_first {
+                client.tx.write(&last)?;
+                let (_, end) = stream.drain(Pattern::up(), WARM_BYTES)?;
+                ensure!(end == PeerEnd::Fin, "{}: the upstream saw {end:?}", what());
+            }
+            stream.fin()?;
+            let ended = client.rx.drain(None)?;
+            ensure!(ended == Ended { bytes: 0, how: How::CloseNotify, fin: true }, "{}: {ended:?}", what());
+            if !closes_first {
+                client.tx.write(&last)?;
+                stream.read_exactly(&mut [0; 2])?;
+            }
+            rests(ctx, &setup).with_context(what)?;
+        }
+    }
+    setup.finish(ctx).map(drop)
+}
+
+/// That tlsplice hardly does anything for a while.
+fn rests(ctx: &Context, setup: &Setup) -> Result<()> {
+    const CPU_SHARE: f64 = 0.3;
+    let (before, started) = (Threads::of(setup.proxy.pid())?, Instant::now());
+    thread::sleep(Duration::from_millis(1_500));
+    let cpu = Threads::of(setup.proxy.pid())?.cpu_since(&before);
+    let share = cpu.as_secs_f64() / started.elapsed().as_secs_f64();
+    ctx.note(&format!("{:.1} % of the time", share * 100.0));
+    ensure!(share < CPU_SHARE, "{share:.2} of the time was spent on the CPU");
+    Ok(())
 }

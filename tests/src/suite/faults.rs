@@ -5,8 +5,8 @@ use super::programs::openssl;
 use crate::client::handshake::{
     Offer, Prepared, Suite, TLS12_AES_128, TLS12_AES_256, TLS12_CHACHA, TLS13_AES_128, TLS13_AES_256, prepare,
 };
-use crate::client::record::{DATA, HANDSHAKE};
-use crate::client::{Client, How, NO_RENEGOTIATION, RECORD_OVERFLOW};
+use crate::client::record::{DATA, HANDSHAKE, MAX_PLAINTEXT_BYTES};
+use crate::client::{Client, How, NO_RENEGOTIATION, RECORD_OVERFLOW, UNEXPECTED_MESSAGE};
 use crate::environment::{Environment, Relay};
 use crate::exchange::{Plan, Setup};
 use crate::pattern::{Pattern, Random};
@@ -23,8 +23,11 @@ pub fn tests(env: &Environment) -> Vec<Test> {
     let mut add = |name, run| tests.extend(Test::one_relay(env, name, run));
     add("what_is_no_client_hello_is_refused", no_hello);
     add("a_client_hello_in_small_records_is_understood", fragmented_hello);
+    add("a_fallback_in_small_records_is_refused_as_in_one", fragmented_fallback);
     add("a_tampered_finished_is_refused", tampered_finished);
     add("a_record_that_is_none_ends_the_connection_alone", bad_records);
+    add("a_record_that_is_none_behind_a_full_one_ends_the_connection_too", bad_records_behind_a_full_one);
+    add("a_record_of_padding_alone_is_an_unexpected_message", padding_alone);
     add("a_tls12_client_hello_after_the_handshake_gets_no_renegotiation", renegotiation);
     add("records_without_data_are_borne", empty_records);
     add("offers_below_the_policy_are_refused", weak_offers);
@@ -100,6 +103,22 @@ fn fragmented_hello(ctx: &Context, relay: Relay) -> Result<()> {
     setup.finish(ctx).map(drop)
 }
 
+/// RFC 7507. rustls moves the parts of a message together where they lie, and then no records are left to be read there.
+fn fragmented_fallback(ctx: &Context, relay: Relay) -> Result<()> {
+    const INAPPROPRIATE_FALLBACK: [u8; 7] = [21, 3, 3, 0, 2, 2, 86];
+    let setup = Setup::manual(ctx, relay, &[0, 16_384])?;
+    let suites = [0, 4, 0xc0, 0x2b, 0x56, 0x00];
+    let body = [&[3, 3][..], &[7; 32], &[0], &suites, &[1, 0]].concat();
+    let hello = [&[1, 0, 0, body.len() as u8][..], &body].concat();
+    for bytes in [1, 2, 7, 20, 100] {
+        let records: Vec<u8> =
+            hello.chunks(bytes).flat_map(|part| [&[22, 3, 1, 0, part.len() as u8], part].concat()).collect();
+        let answer = raw(ctx, &setup, &records)?;
+        ensure!(answer == INAPPROPRIATE_FALLBACK, "records of {bytes} bytes: the answer is {answer:02x?}");
+    }
+    setup.finish(ctx).map(drop)
+}
+
 fn tampered_finished(ctx: &Context, relay: Relay) -> Result<()> {
     let setup = Setup::exchanging(ctx, relay, &[0])?;
     let Prepared { mut client, mut last_flight, .. } =
@@ -120,6 +139,15 @@ type Spoil = fn(&mut Client) -> Result<Vec<u8>>;
 
 /// Whatever cannot be a record of this connection: a fatal alert, a reset upstream.
 fn bad_records(ctx: &Context, relay: Relay) -> Result<()> {
+    each_bad_record(ctx, relay, 0)
+}
+
+/// What came before it is in a pipe by then, and the kernel tells of a malformed header once.
+fn bad_records_behind_a_full_one(ctx: &Context, relay: Relay) -> Result<()> {
+    each_bad_record(ctx, relay, MAX_PLAINTEXT_BYTES as u64)
+}
+
+fn each_bad_record(ctx: &Context, relay: Relay, before: u64) -> Result<()> {
     let setup = Setup::manual(ctx, relay, &[0, 16_384])?;
     let (mut bystander, other) = setup.open(ctx, 0, TLS13_AES_128, 1_000)?;
     let cases: [(&str, Option<u8>, Spoil); 7] = [
@@ -140,7 +168,7 @@ fn bad_records(ctx: &Context, relay: Relay) -> Result<()> {
     ];
     for (what, alert, spoil) in cases {
         for (listener, suite) in [(0, TLS13_AES_256), (1, TLS13_AES_128), (0, TLS12_AES_256), (1, TLS12_CHACHA)] {
-            let scene = || spoiled(&setup, setup.open(ctx, listener, suite, 40_000)?, alert, spoil);
+            let scene = || spoiled(&setup, setup.open(ctx, listener, suite, 40_000)?, alert, before, spoil);
             scene().with_context(|| format!("{what}, {}, listener {listener}", suite.name))?;
             setup.check_bystander(&mut bystander, &other)?;
         }
@@ -152,11 +180,22 @@ fn bad_records(ctx: &Context, relay: Relay) -> Result<()> {
     Ok(())
 }
 
-fn spoiled(setup: &Setup, (mut client, stream): (Client, Stream), alert: Option<u8>, spoil: Spoil) -> Result<()> {
+/// `data` bytes in a record of their own go before the one that is none, in the same write.
+fn spoiled(
+    setup: &Setup,
+    (mut client, stream): (Client, Stream),
+    alert: Option<u8>,
+    data: u64,
+    spoil: Spoil,
+) -> Result<()> {
     let before = setup.proxy.metrics()?;
-    let record = spoil(&mut client)?;
-    // It may be refused before it has been taken whole.
-    let _ = client.tx.write(&record);
+    let mut records = Vec::new();
+    if data > 0 {
+        client.tx.seal_data(&mut records, Pattern::up().at(40_000, data as usize), 0)?;
+    }
+    records.extend(spoil(&mut client)?);
+    // They may be refused before they have been taken whole.
+    let _ = client.tx.write(&records);
     let ended = client.rx.drain(None)?;
     ensure!(ended.bytes == 0, "data came: {ended:?}");
     match (alert, ended.how) {
@@ -166,10 +205,26 @@ fn spoiled(setup: &Setup, (mut client, stream): (Client, Stream), alert: Option<
         (None, _) => {}
     }
     let (up, end) = stream.drain(Pattern::up(), 40_000)?;
-    ensure!((up, end) == (40_000, PeerEnd::Reset), "the upstream saw {up} bytes and {end:?}");
+    ensure!(up <= 40_000 + data && end == PeerEnd::Reset, "the upstream saw {up} bytes and {end:?}");
     drop(client);
     let ended = before.ended_any() + 1;
     setup.proxy.wait_for("the end to be counted", |m| m.ended_any() == ended)?;
+    Ok(())
+}
+
+/// RFC 8446 section 5.4. Behind the door the kernel finds its own word for it.
+fn padding_alone(ctx: &Context, relay: Relay) -> Result<()> {
+    let setup = Setup::manual(ctx, relay, &[1 << 30])?;
+    let (mut client, stream) = setup.open(ctx, 0, TLS13_AES_128, 1_000)?;
+    let record = client.tx.seal(0, &[], 100)?;
+    client.tx.write(&record)?;
+    let ended = client.rx.drain(None)?;
+    ensure!(ended.how == How::Alert(UNEXPECTED_MESSAGE), "the client saw {ended:?}");
+    let (_, end) = stream.drain(Pattern::up(), 1_000)?;
+    ensure!(end == PeerEnd::Reset, "the upstream saw {end:?}");
+    drop(client);
+    let metrics = setup.finish(ctx)?;
+    ensure!(metrics.ended("unexpected_message") == 1, "endings: {}", metrics.endings());
     Ok(())
 }
 

@@ -20,6 +20,7 @@ pub fn tests(env: &Environment) -> Vec<Test> {
     add("http_pipelined_requests_are_answered_in_order_on_kept_connections", pipelined);
     add("http_a_client_that_half_closes_gets_the_whole_answer", half_close);
     add("http_an_expected_100_and_a_late_body", expect_continue);
+    add("http_trailers_of_one_connection_are_dropped", trailers);
     add("http_no_body_behind_head_204_and_304", no_body);
     add("http_an_old_client_gets_no_chunks", old_client);
     add("http_an_upgrade_becomes_a_tunnel_with_half_closes", upgrade);
@@ -141,6 +142,26 @@ fn expect_continue(ctx: &Context, relay: Relay) -> Result<()> {
         ensure!(heard(&stream, "1\r\n\r\n")? == "5\r\nhello\r\n0\r\nX-Sum: 1\r\n\r\n", "another body");
         stream.send(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")?;
         client.until("\r\n\r\n")?;
+        client.finish()?;
+    }
+    setup.finish(ctx).map(drop)
+}
+
+fn trailers(ctx: &Context, relay: Relay) -> Result<()> {
+    let setup = manual(ctx, relay, &[0, 1 << 20])?;
+    for listener in 0..2 {
+        let mut client = connect(ctx, &setup, listener)?;
+        let body =
+            "Connection: x-hop\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nok\r\n0\r\nX-Hop: 1\r\nX-Sum: 2\r\n\r\n";
+        client.send(format!("POST / HTTP/1.1\r\nHost: a\r\n{body}"))?;
+        let stream = setup.upstream.accept()?;
+        heard(&stream, "\r\n\r\n")?;
+        let got = heard(&stream, "\r\n\r\n")?;
+        ensure!(got == "2\r\nok\r\n0\r\nX-Sum: 2\r\n\r\n", "the upstream got {got:?}");
+        stream.send(format!("HTTP/1.1 200 OK\r\n{body}").as_bytes())?;
+        client.until("\r\n\r\n")?;
+        let got = client.until("\r\n\r\n")?;
+        ensure!(got == "2\r\nok\r\n0\r\nX-Sum: 2\r\n\r\n", "the client got {got:?}");
         client.finish()?;
     }
     setup.finish(ctx).map(drop)

@@ -10,6 +10,8 @@ use crate::process::free_port;
 use crate::proxy::{Settings, loopback};
 use crate::run::{Context, Test};
 use crate::scrape::Descriptors;
+use crate::suite::slow_readers::small_socket;
+use crate::talk;
 use crate::upstream::{Kind, PeerEnd, THREAD_STACK_BYTES, Upstream, exchange as serve};
 use anyhow::{Context as _, Result, ensure};
 use rustix::process::{Pid, Resource, Rlimit, prlimit};
@@ -25,10 +27,12 @@ pub fn tests(env: &Environment) -> Vec<Test> {
     add("a_connection_above_the_cap_is_refused_and_the_next_below_it_served", cap);
     add("a_client_that_does_not_finish_its_handshake_is_cut", handshake_timeout);
     add("an_idle_connection_is_cut_and_a_busy_one_is_not", idle_timeout);
+    add("a_client_that_takes_slowly_what_is_queued_is_not_idle", slow_is_not_idle);
     add("an_upstream_that_refuses_ends_the_connection_without_a_clean_end", refused);
     add("an_upstream_that_does_not_answer_is_given_up", connect_timeout);
     add("out_of_descriptors_it_waits_and_serves_on", out_of_descriptors);
     add("slow_upstreams_behind_random_records_lose_nothing", slow_upstreams);
+    add("a_pipe_full_of_small_pieces_is_not_taken_for_all_that_there_is", small_pieces);
     if env.offload {
         // By "auto" an upload may need no pipe at all.
         for relay in [Relay::Inline, Relay::Ring] {
@@ -103,6 +107,44 @@ fn idle_timeout(ctx: &Context, relay: Relay) -> Result<()> {
     }
     let metrics = setup.finish(ctx)?;
     ensure!(metrics.ended("idle_timeout") == 2, "endings: {}", metrics.endings());
+    Ok(())
+}
+
+/// Much is read for a client that takes it fast, and then nothing more for longer than the timeout.
+fn slow_is_not_idle(ctx: &Context, relay: Relay) -> Result<()> {
+    const FAST_BYTES: u64 = 1 << 20;
+    const SLOW_BYTES: u64 = 3 << 19;
+    const SLOW_READ_BYTES: usize = 16 << 10;
+    const SLOW_REST: Duration = Duration::from_millis(60);
+    for mode in ["tcp", "http"] {
+        let upstream = Upstream::manual(&ctx.environment, Kind::V4)?;
+        let setup = Setup::with(ctx, relay, &[0], upstream, |s| s.limit("idle_timeout = \"1s\"").mode(mode))?;
+        let socket = small_socket(setup.proxy.address(0), 1 << 16)?;
+        let mut client = Client::connect_on(ctx, socket, &Offer::new(ctx, TLS13_AES_256)?)?;
+        client.tx.data(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")?;
+        let stream = setup.upstream.accept()?;
+        talk::heard(&stream, "\r\n\r\n")?;
+        let sending = thread::spawn(move || -> Result<()> {
+            stream.send(b"HTTP/1.1 200 OK\r\n\r\n")?;
+            stream.send(&Pattern::down().bytes((FAST_BYTES + SLOW_BYTES) as usize))?;
+            stream.fin()
+        });
+        let mut fast = 0;
+        let early = client.rx.read(FAST_BYTES, |at, data| {
+            fast = at + data.len() as u64;
+            Ok(())
+        })?;
+        ensure!(early.is_none(), "{mode}: {early:?}");
+        (client.rx.read_bytes, client.rx.rest) = (SLOW_READ_BYTES, SLOW_REST);
+        let started = Instant::now();
+        let ended = client.rx.drain(None)?;
+        ctx.note(&format!("{mode}: the rest took {:.1} s", started.elapsed().as_secs_f64()));
+        let is_whole = fast + ended.bytes > FAST_BYTES + SLOW_BYTES;
+        ensure!(is_whole && ended.how == How::CloseNotify, "{mode}: {fast} bytes and then {ended:?}");
+        sending.join().expect("the sender does not panic")?;
+        drop(client);
+        setup.finish(ctx)?;
+    }
     Ok(())
 }
 
@@ -253,4 +295,35 @@ fn pipe_memory(ctx: &Context, relay: Relay) -> Result<()> {
     ctx.note(&format!("{denied} pipes denied, {} bytes spliced, {} copied", metrics.spliced(), metrics.copied()));
     ensure!(denied > 0 && metrics.copied() > 0, "there were pipes enough in 64 KiB");
     Ok(())
+}
+
+/// Each piece takes a slot of a pipe, so that one of sixteen is full of less than a record. The last pieces have come
+/// when the client begins to read, and nothing new wakes whoever would read on.
+fn small_pieces(ctx: &Context, relay: Relay) -> Result<()> {
+    const PIECE_BYTES: usize = 100;
+    let upstream = Upstream::manual(&ctx.environment, Kind::Unix)?;
+    let one_pipe = |s: Settings| s.server("workers = 1").limit("pipe_memory = \"64 KiB\"");
+    let setup = Setup::with(ctx, relay, &[0, 16_384], upstream, one_pipe)?;
+    for listener in 0..2 {
+        let socket = small_socket(setup.proxy.address(listener), 1 << 13)?;
+        let mut client = Client::connect_on(ctx, socket, &Offer::new(ctx, TLS13_AES_256)?)?;
+        let stream = setup.upstream.accept()?;
+        let mut at = 0;
+        // Past the door, and past the waits after which epoll tells of edges alone.
+        for _ in 0..20 {
+            stream.send(Pattern::down().at(at, 1_000))?;
+            client.rx.read(1_000, |n, data| Pattern::down().check(at + n, data))?;
+            at += 1_000;
+        }
+        let from = at;
+        // Until it has stood still for a while: full from end to end.
+        while stream.send_soon(Pattern::down().at(at, PIECE_BYTES), ctx.environment.moment() * 300)? {
+            at += PIECE_BYTES as u64;
+        }
+        ctx.note(&format!("{} bytes in small pieces", at - from));
+        let ended = client.rx.read(at - from, |n, data| Pattern::down().check(from + n, data))?;
+        ensure!(ended.is_none(), "listener {listener}: {ended:?}");
+        drop((client, stream));
+    }
+    setup.finish(ctx).map(drop)
 }
