@@ -397,7 +397,7 @@ fn measure(
     if let Some(name) = told
         && usages.iter().any(|(mark, _)| *mark == Mark::End)
     {
-        let units = outcome.as_ref().map_or(0, |outcome| outcome.units);
+        let units = outcome.as_ref().map_or(0, |outcome| if outcome.failure.is_some() { 0 } else { outcome.units });
         println!("COUNTED {name} {} {units}", started.peer.name());
     }
     let outcome = outcome?;

@@ -250,6 +250,8 @@ impl About {
         self.worker.counters.ended(how);
         match how {
             End::Internal => tracing::error!(%peer, stage, %how, reason, "connection ended"),
+            // A balancer's health checks: a line for each would bury the others.
+            End::NoHello => tracing::debug!(%peer, stage, %how, reason, "connection ended"),
             _ => tracing::info!(%peer, stage, %how, reason, "connection ended"),
         }
     }

@@ -20,6 +20,8 @@ const PIPE_MEMORY_BYTES: u64 = 64 << 20;
 /// A 64 KiB pipe costs a bulk transfer 9 to 10 % more than this one.
 const PIPE_SIZE_BYTES: u64 = 1 << 20;
 const PAGE_BYTES: u64 = 4096;
+/// Half of the default of `limits.connections`, as much as one address and one server can have.
+const LOCAL_PORTS_WANTED: u64 = 50_000;
 /// A ring's memory counts against it on kernels before 5.12, and registered buffers still do.
 const LOCKED_MEMORY_BYTES: u64 = 64 << 10;
 
@@ -67,6 +69,7 @@ pub fn examine(host: &Host, kernel: &Kernel) -> Vec<Finding> {
         findings.extend([kernel::receive(kernel), kernel::gcm(host)]);
     }
     findings.extend([io_uring(host), open_files(host), locked_memory(host), somaxconn(host)]);
+    findings.push(local_ports(host));
     findings.extend([pipe_size(host), pipe_memory(host), kernel_metrics(host)]);
     findings
 }
@@ -127,6 +130,22 @@ fn somaxconn(host: &Host) -> Finding {
         Some(value) => Finding::ok(NAME, format!("{SYSCTL} = {value}")),
         None => unknown(NAME, SYSCTL),
     }
+}
+
+/// Each client of mode tcp takes one towards its upstream's server.
+fn local_ports(host: &Host) -> Finding {
+    const NAME: &str = "local ports";
+    const SYSCTL: &str = "net.ipv4.ip_local_port_range";
+    let Some((low, high)) = host.local_ports else { return unknown(NAME, SYSCTL) };
+    let ports = u64::from(high.saturating_sub(low)) + 1;
+    let found = format!("{SYSCTL} = {low} {high}: at most {ports} connections at once to one server by TCP");
+    if ports >= LOCAL_PORTS_WANTED {
+        return Finding::ok(NAME, found);
+    }
+    Finding::note(
+        NAME,
+        format!("{found}; \"1024 65535\" has more, several servers or a unix socket have no such limit"),
+    )
 }
 
 fn kernel_metrics(host: &Host) -> Finding {
@@ -190,6 +209,7 @@ mod tests {
             open_files_hard: 1 << 20,
             locked_memory_bytes: 8 << 20,
             somaxconn: Some(4096),
+            local_ports: Some((1024, 65535)),
             pipe_max_size_bytes: Some(1 << 20),
             pipe_user_pages_soft: Some(16384),
             tls_module_forbidden_by: None,

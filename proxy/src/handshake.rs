@@ -44,7 +44,7 @@ pub struct Failure {
 
 /// Runs the handshake. `exact`: read no byte beyond it.
 pub async fn handshake(client: &mut Sock, watch: &Watch, session: Session, exact: bool) -> Result<Handshaken, Failure> {
-    let mut state = State { session, wire: Vec::new(), out: Spare::default() };
+    let mut state = State { session, wire: Vec::new(), has_heard: false, out: Spare::default() };
     loop {
         let missing = missing_bytes(&state.wire);
         let wanted = if exact { missing } else { missing.max(READ_BYTES) };
@@ -64,6 +64,8 @@ pub async fn handshake(client: &mut Sock, watch: &Watch, session: Session, exact
 struct State {
     session: Session,
     wire: Vec<u8>,
+    /// A byte of the client's has come.
+    has_heard: bool,
     out: Spare,
 }
 
@@ -87,14 +89,18 @@ impl State {
                 let result = socket::recv(client.fd(), &mut self.wire[at..]);
                 self.wire.truncate(at + result.as_ref().map_or(0, |n| *n));
                 match result {
-                    Ok(0) if at == 0 => return Err(self.failed(End::HandshakeFailed, "the client left without a word")),
+                    Ok(0) if !self.has_heard => return Err(self.failed(End::NoHello, "the client left without a word")),
                     Ok(0) => return Err(self.failed(End::ClientTruncated, "the client's stream ends in the handshake")),
                     Ok(n) => {
+                        self.has_heard = true;
                         client.readable = n == wanted;
                         return Ok(());
                     }
                     Err(e) if socket::is_again(&e) => client.readable = false,
-                    Err(e) => return Err(self.failed(End::ClientReset, format!("recv: {e}"))),
+                    Err(e) => {
+                        let how = if self.has_heard { End::ClientReset } else { End::NoHello };
+                        return Err(self.failed(how, format!("recv: {e}")));
+                    }
                 }
             }
             if let Err(verdict) = readable(client, watch).await {

@@ -10,6 +10,7 @@ pub mod doctor;
 pub mod exit;
 pub mod handshake;
 pub mod http;
+pub mod keepalive;
 pub mod listen;
 pub mod observe;
 pub mod offload;

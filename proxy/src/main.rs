@@ -20,7 +20,7 @@ struct Arguments {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Run the terminator in the foreground (systemd: Type=notify-reload)
+    /// Run the terminator in the foreground (systemd: Type=notify)
     Run {
         /// The configuration; SIGHUP reads it and the certificates again
         #[arg(long, value_name = "FILE", default_value = CONFIG_FILE)]

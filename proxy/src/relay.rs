@@ -330,7 +330,7 @@ impl Client {
             self.sock.widen();
         }
         match self.watch.verdict() {
-            Some(Verdict::TimedOut) if self.takes_still() => {
+            Some(Verdict::TimedOut) if want.client_takes && self.takes_still() => {
                 self.watch.forgive();
                 self.watch.touch();
             }
@@ -354,6 +354,8 @@ pub struct Want {
     pub upstream_write: bool,
     /// The client has ended its stream, and could still reset the connection.
     pub client_reset: bool,
+    /// The client has been given something, and is alive as long as it takes of that.
+    pub client_takes: bool,
 }
 
 /// Whether this error of a send says that what the peer has sent is cut short too. The kernel tells a reset once, so a

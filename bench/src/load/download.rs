@@ -5,7 +5,7 @@
 //! How a file of the server's own ends is in the stream, so there the generator is an ordinary client.
 
 use super::Load;
-use crate::client::{Answer, Counted, Session, Sessions, Target};
+use crate::client::{Answer, Closed, Counted, Session, Sessions, Target};
 use anyhow::{Context, Result};
 use rustls::ClientConfig;
 use std::sync::Arc;
@@ -30,6 +30,8 @@ pub struct Repeated<'a> {
     answer: Answer,
     /// That came whole.
     answers: u64,
+    /// On this connection.
+    session_answers: u64,
     reopened: u64,
 }
 
@@ -44,7 +46,8 @@ impl<'a> Download<'a> {
             return session.count_only().map(Self::Endless);
         }
         let answer = Answer::default();
-        let mut repeated = Repeated { target, config, request, session, answer, answers: 0, reopened: 0 };
+        let mut repeated =
+            Repeated { target, config, request, session, answer, answers: 0, session_answers: 0, reopened: 0 };
         // A refusal is known before the work begins.
         while repeated.answers == 0 && repeated.answer.head().is_none() {
             repeated.receive(&mut vec![0; SCRATCH_BYTES])?;
@@ -79,17 +82,26 @@ impl<'a> Download<'a> {
 
 impl Repeated<'_> {
     fn receive(&mut self, scratch: &mut [u8]) -> Result<u64> {
-        let (bytes, is_whole) = self.session.piece_of(&mut self.answer, scratch)?;
+        let (bytes, is_whole) = match self.session.piece_of(&mut self.answer, scratch) {
+            // Ended between two answers, which is no failure unless it was the first.
+            Err(error) if error.is::<Closed>() && self.session_answers > 0 => return self.reopen().map(|()| 0),
+            result => result?,
+        };
         if is_whole {
             self.answer = Answer::default();
             self.answers += 1;
-            if self.session.is_over() {
-                self.session = Session::open(self.target, self.config.as_ref())?;
-                self.reopened += 1;
+            self.session_answers += 1;
+            if self.session.is_over() || self.session.send(&self.request).is_err() {
+                self.reopen()?;
             }
-            self.session.send(&self.request)?;
         }
         Ok(bytes)
+    }
+
+    fn reopen(&mut self) -> Result<()> {
+        self.session = Session::open(self.target, self.config.as_ref())?;
+        (self.session_answers, self.reopened) = (0, self.reopened + 1);
+        self.session.send(&self.request)
     }
 }
 
@@ -103,10 +115,12 @@ mod tests {
     #[test]
     fn a_file_of_the_server_s_own_is_asked_for_again() {
         let load = Load { path: Some("/x".into()), ..Load::of(Kind::Down, Duration::from_millis(200)) };
-        let outcome = run(&fickle::start(3, End::Announced), &load, &mut |_| Ok(())).expect("answers");
-        let Outcome { units, reopened, failure, .. } = outcome;
-        assert!(units > 0 && reopened > 0, "{units} bytes, {reopened} opened anew");
-        assert_eq!(failure, None);
+        for end in [End::Announced, End::Silent] {
+            let outcome = run(&fickle::start(3, end), &load, &mut |_| Ok(())).expect("answers");
+            let Outcome { units, reopened, failure, .. } = outcome;
+            assert!(units > 0 && reopened > 0, "{end:?}: {units} bytes, {reopened} opened anew");
+            assert_eq!(failure, None, "{end:?}");
+        }
         let refusing = run(&fickle::start(1, End::Refusal), &load, &mut |_| Ok(())).expect_err("a refusal");
         assert!(format!("{refusing:#}").contains("the answer's status is 503"), "{refusing:#}");
     }

@@ -4,7 +4,7 @@
 //!
 //! Tens are begun until the time is up and then finished: a large answer more or less would be the whole difference.
 
-use super::{Count, Load, Mark, Outcome, drive};
+use super::{Count, FAILURE_PAUSE, Load, Mark, Outcome, drive};
 use crate::client::{Session, Sessions, Target};
 use anyhow::Result;
 use rustls::ClientConfig;
@@ -44,7 +44,10 @@ pub fn run(target: &Target, load: &Load, on_mark: &mut dyn FnMut(Mark) -> Result
     };
     drive(load.connections, load.duration, on_mark, prepare, |config, window, count| {
         while Instant::now() < window.end {
-            ten(config.as_ref(), count)?;
+            if let Err(error) = ten(config.as_ref(), count) {
+                count.failed(&error);
+                std::thread::sleep(FAILURE_PAUSE);
+            }
         }
         Ok(())
     })

@@ -52,12 +52,20 @@ pub fn slow(target: &Target, load: &Load, on_mark: &mut dyn FnMut(Mark) -> Resul
     drive(THREADS, load.duration, on_mark, prepare, |held: &mut Vec<Download<'_>>, window, count| {
         let mut scratch = vec![0; SLOW_READ_BYTES];
         while Instant::now() < window.end {
-            for download in held.iter_mut() {
-                count.units += download.receive(&mut scratch)?;
-            }
+            held.retain_mut(|download| match download.receive(&mut scratch) {
+                Ok(bytes) => {
+                    count.units += bytes;
+                    true
+                }
+                Err(error) => {
+                    count.failed(&error);
+                    count.reopened += download.reopened();
+                    false
+                }
+            });
             std::thread::sleep(SLOW_PAUSE);
         }
-        count.reopened = held.iter().map(Download::reopened).sum();
+        count.reopened += held.iter().map(Download::reopened).sum::<u64>();
         Ok(())
     })
 }

@@ -1,4 +1,4 @@
-//! sd_notify(3), the part that `Type=notify-reload` needs: one datagram to the socket that systemd names.
+//! sd_notify(3), the part that `Type=notify` and `notify-reload` need: one datagram to the socket that systemd names.
 
 use crate::sys::limits::monotonic_usec;
 use std::ffi::OsStr;

@@ -80,9 +80,9 @@ fn staple_file(chain: &Path) -> PathBuf {
     PathBuf::from(name)
 }
 
-/// The one that ends later.
+/// The one that ends later; of two that end with their certificate, the later one.
 fn newer(one: Option<Staple>, other: Option<Staple>) -> Option<Staple> {
-    one.into_iter().chain(other).max_by_key(|staple| staple.next_update)
+    one.into_iter().chain(other).max_by_key(Staple::times)
 }
 
 /// Reads what lies beside these chains. Blocks on the file system.

@@ -22,6 +22,8 @@ pub struct Host {
     pub open_files_hard: u64,
     pub locked_memory_bytes: u64,
     pub somaxconn: Option<u64>,
+    /// The first and the last that connect(2) takes.
+    pub local_ports: Option<(u16, u16)>,
     pub pipe_max_size_bytes: Option<u64>,
     pub pipe_user_pages_soft: Option<u64>,
     /// File and line that keep `tls` from being loaded.
@@ -45,6 +47,7 @@ impl Host {
             open_files_hard: limits::open_files().map_or(0, |limit| limit.hard),
             locked_memory_bytes: limits::locked_memory_bytes().unwrap_or(0),
             somaxconn: sysctl("net/core/somaxconn"),
+            local_ports: local_ports(),
             pipe_max_size_bytes: sysctl("fs/pipe-max-size"),
             pipe_user_pages_soft: sysctl("fs/pipe-user-pages-soft"),
             tls_module_forbidden_by: MODPROBE_FOLDERS.iter().find_map(|folder| forbidding_line(Path::new(folder))),
@@ -57,6 +60,12 @@ impl Host {
 
 fn sysctl(path: &str) -> Option<u64> {
     fs::read_to_string(Path::new("/proc/sys").join(path)).ok()?.trim().parse().ok()
+}
+
+fn local_ports() -> Option<(u16, u16)> {
+    let text = fs::read_to_string("/proc/sys/net/ipv4/ip_local_port_range").ok()?;
+    let mut numbers = text.split_whitespace().map(str::parse);
+    Some((numbers.next()?.ok()?, numbers.next()?.ok()?))
 }
 
 /// The first line of the folder's `.conf` files that forbids the module, with its place.

@@ -32,7 +32,8 @@ pub(super) fn version(host: &Host, kernel: &Kernel) -> Finding {
             NAME,
             format!("{found}: below {major}.{minor}.{floor}, the floor of its series"),
             format!(
-                "install {major}.{minor}.{floor} or later (apt-get upgrade, dnf upgrade --releasever=latest) and reboot"
+                "install {major}.{minor}.{floor} or later (apt-get upgrade, dnf upgrade --releasever=latest; on Amazon \
+                 Linux kernel6.18 where that has no newer one) and reboot"
             ),
         );
     }

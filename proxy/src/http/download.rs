@@ -48,7 +48,10 @@ impl Exchange {
                 Download::Body(_) => self.forward(cx, scratch)?,
                 Download::Done | Download::Switched => Poll::Ready(None),
             };
-            let Poll::Ready(Some(moved)) = moved else { return Ok(Turn::Wait) };
+            let Poll::Ready(Some(moved)) = moved else {
+                self.near.downstream.rest();
+                return Ok(Turn::Wait);
+            };
             budget = budget.saturating_sub(moved.max(1));
         }
     }

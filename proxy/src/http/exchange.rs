@@ -224,6 +224,8 @@ impl Exchange {
             upstream_read: reads_answer && !blocked && !down_in_flight && !self.upstream.readable,
             client_write: blocked && !down_in_flight && !client.writable,
             client_reset: near.gone.is_some(),
+            // Before the head it is the upstream that is waited for.
+            client_takes: !matches!(self.download, Download::Head),
         }
     }
 }

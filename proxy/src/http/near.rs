@@ -162,7 +162,7 @@ impl Near {
                         watch.allow(patience.head);
                     }
                 }
-                match self.poll_more(cx, sent) {
+                match self.poll_more(cx, sent, has_begun) {
                     Poll::Pending => return Poll::Pending,
                     // Whatever it was: records without data come in reads that are as long.
                     Poll::Ready(Ok(())) => budget = budget.saturating_sub(HEAD_READ_BYTES),
@@ -193,7 +193,7 @@ impl Near {
     }
 
     /// Receives what is there, or waits; until all is `sent`, for room.
-    fn poll_more(&mut self, cx: &mut Context<'_>, sent: bool) -> Poll<Result<(), Waited>> {
+    fn poll_more(&mut self, cx: &mut Context<'_>, sent: bool, has_begun: bool) -> Poll<Result<(), Waited>> {
         let worker = self.downstream.client().worker.clone();
         if sent && self.read_ahead(&mut worker.scratch.borrow_mut(), usize::MAX).map_err(Waited::Ended)? {
             return Poll::Ready(Ok(()));
@@ -202,6 +202,7 @@ impl Near {
         let want = Want {
             client_read: sent && !sock.readable,
             client_write: !sent && !sock.writable && !self.downstream.is_in_flight(),
+            client_takes: !has_begun,
             ..Want::default()
         };
         ready!(self.downstream.poll_ready(cx, None, want, Look::All)).map_err(Waited::Verdict)?;

@@ -98,6 +98,8 @@ label! {
         Clean = "clean",
         /// Idle for `limits.idle_timeout`.
         Idle = "idle_timeout",
+        /// The client has connected and left without a byte, as a balancer's health check does.
+        NoHello = "no_hello",
         HandshakeTimeout = "handshake_timeout",
         HandshakeFailed = "handshake_failed",
         ConnectFailed = "connect_failed",

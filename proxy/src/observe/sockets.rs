@@ -249,6 +249,13 @@ impl Sockets {
         Peer(known.sums)
     }
 
+    /// A connect that this host has refused before it began, which the kernel's hook has not seen.
+    pub fn not_begun(&self, upstream: &str, server: &ServerAddress) {
+        let endpoint = Endpoint::Server { upstream: upstream.to_owned(), server: server.clone() };
+        let mut counted = self.counted.lock().unwrap_or_else(PoisonError::into_inner);
+        counted.entry(endpoint).or_default().refused.add(1);
+    }
+
     /// Says what the handshake gave, and again when the door has decided.
     pub fn classify(&self, client: BorrowedFd<'_>, facts: Facts, place: Place) {
         let Some(maps) = &self.maps else { return };

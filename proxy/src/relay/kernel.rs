@@ -88,6 +88,7 @@ impl Kernel {
             upstream_read: self.down == Down::Open && down.fills() && !down.is_in_flight() && !self.upstream.readable,
             client_write: down_waits && !down.is_in_flight() && !self.tls.client.sock.writable,
             client_reset: self.up != Up::Open && self.down == Down::Open,
+            client_takes: true,
         }
     }
 

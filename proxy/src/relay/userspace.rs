@@ -81,6 +81,7 @@ impl Userspace {
             upstream_read: self.down == Down::Open && !blocked && !self.upstream.readable,
             client_write: blocked && !client.writable,
             client_reset: self.up != Up::Open && self.down == Down::Open,
+            client_takes: true,
         }
     }
 

@@ -103,7 +103,8 @@ enum Message<'a> {
 fn put_together<'a>(message: &'a mut Vec<u8>, record: &[u8]) -> Message<'a> {
     let Some(len) = record_bytes(record).filter(|len| *len <= record.len()) else { return Message::Incomplete };
     if record[0] != CONTENT_HANDSHAKE {
-        return Message::Other;
+        // rustls passes over a warning before the hello, and refuses what has no place there.
+        return Message::Incomplete;
     }
     message.extend_from_slice(&record[HEADER_BYTES..len]);
     match message.as_slice() {
@@ -277,6 +278,12 @@ mod tests {
             }
         }
         assert_eq!(Gate::new(None).judge(b"GET / HTTP/1.1\r\n\r\n"), Judgement::Incomplete);
-        assert_eq!(Gate::new(None).judge(&[21, 3, 3, 0, 2, 1, 0]), Judgement::Passes);
+        assert_eq!(Gate::new(None).judge(&[22, 3, 3, 0, 4, 2, 0, 0, 0]), Judgement::Passes);
+    }
+
+    #[test]
+    fn a_warning_in_front_opens_no_gate() {
+        let wire = [&[21, 3, 3, 0, 2, 1, 90][..], &records(&hello(&[0xc0, 0x2f, 0x56, 0x00], NAME), 99)].concat();
+        assert_eq!(judge(Gate::new(None), &wire), refused(Refusal::Fallback));
     }
 }

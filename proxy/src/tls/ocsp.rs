@@ -35,6 +35,11 @@ pub struct Staple {
 }
 
 impl Staple {
+    /// By which the newer of two is known: when they end, then when they were made.
+    pub fn times(&self) -> (u64, u64) {
+        (self.next_update, self.this_update)
+    }
+
     /// It should be renewed from here on.
     pub fn half_life(&self) -> u64 {
         let latest = self.this_update.saturating_add(RENEWAL_MAX_SECONDS);

@@ -2,6 +2,7 @@
 
 use crate::close::writable;
 use crate::config::{ServerAddress, Upstream};
+use crate::keepalive;
 use crate::observe::counters::End;
 use crate::observe::sockets::{Peer, Sockets, Tally};
 use crate::ring::Sock;
@@ -47,7 +48,10 @@ pub async fn connect(
         let begin = |socket: BorrowedFd<'_>| sockets.connecting(socket, &upstream.name, server);
         match one(server, watch, begin).await {
             Ok(sock) => return Ok((sock, place)),
-            Err(e) => {
+            Err(Refused { error: e, is_local }) => {
+                if is_local {
+                    sockets.not_begun(&upstream.name, server);
+                }
                 let name = match server {
                     ServerAddress::Tcp(address) => address.to_string(),
                     ServerAddress::Unix(path) => format!("unix:{}", path.display()),
@@ -56,7 +60,7 @@ pub async fn connect(
                     io::ErrorKind::TimedOut => End::ConnectTimeout,
                     _ => End::ConnectFailed,
                 };
-                failure.reason = format!("connect to upstream {} at {name}: {e}", upstream.name);
+                failure.reason = format!("connect to upstream {} at {name}: {e}{}", upstream.name, mend(&e));
             }
         }
         if watch.verdict() == Some(Verdict::Cut) {
@@ -67,7 +71,39 @@ pub async fn connect(
     Err(failure)
 }
 
-async fn one(server: &ServerAddress, watch: &Watch, begin: impl Fn(BorrowedFd<'_>) -> Peer) -> io::Result<Sock> {
+/// On this host, where nothing lies between that could forget a connection.
+fn is_near(server: &ServerAddress) -> bool {
+    match server {
+        ServerAddress::Tcp(address) => address.ip().to_canonical().is_loopback(),
+        ServerAddress::Unix(_) => true,
+    }
+}
+
+/// What mends an error of connect(2) that is this host's own.
+fn mend(error: &io::Error) -> &'static str {
+    match error.kind() {
+        io::ErrorKind::AddrNotAvailable => {
+            ": no local port is left for it: widen net.ipv4.ip_local_port_range, name more servers, or use a unix socket"
+        }
+        _ => "",
+    }
+}
+
+/// Why a server was not reached.
+struct Refused {
+    error: io::Error,
+    /// By this host, before a packet was sent: nobody has counted it.
+    is_local: bool,
+}
+
+/// No descriptor, no memory.
+impl From<io::Error> for Refused {
+    fn from(error: io::Error) -> Self {
+        Self { error, is_local: true }
+    }
+}
+
+async fn one(server: &ServerAddress, watch: &Watch, begin: impl Fn(BorrowedFd<'_>) -> Peer) -> Result<Sock, Refused> {
     let (domain, address) = match server {
         ServerAddress::Tcp(address) => (Domain::for_address(*address), SockAddr::from(*address)),
         ServerAddress::Unix(path) => (Domain::UNIX, SockAddr::unix(path)?),
@@ -75,6 +111,9 @@ async fn one(server: &ServerAddress, watch: &Watch, begin: impl Fn(BorrowedFd<'_
     let socket = Socket::new(domain, Type::STREAM.nonblocking().cloexec(), None)?;
     if domain != Domain::UNIX {
         socket::set_nodelay(socket.as_fd())?;
+        if !is_near(server) {
+            keepalive::switch_on(&socket)?;
+        }
         let _ = socket::set_unsent_limit(socket.as_fd(), UNSENT_BYTES);
     }
     let peer = begin(socket.as_fd());
@@ -84,8 +123,13 @@ async fn one(server: &ServerAddress, watch: &Watch, begin: impl Fn(BorrowedFd<'_
             Err(e) if e.raw_os_error() == Some(libc::EINPROGRESS) => break,
             Err(e) if socket::is_again(&e) && watch.verdict().is_none() => tokio::time::sleep(UNIX_BACKLOG_RETRY).await,
             Err(e) => {
-                peer.refused();
-                return Err(if socket::is_again(&e) { io::ErrorKind::TimedOut.into() } else { e });
+                // No route, no local port: the kernel's hook comes later. A refusal at once is a server's on this host.
+                let is_local = domain != Domain::UNIX && e.raw_os_error() != Some(libc::ECONNREFUSED);
+                if !is_local {
+                    peer.refused();
+                }
+                let error = if socket::is_again(&e) { io::ErrorKind::TimedOut.into() } else { e };
+                return Err(Refused { error, is_local });
             }
         }
     }
@@ -93,19 +137,19 @@ async fn one(server: &ServerAddress, watch: &Watch, begin: impl Fn(BorrowedFd<'_
     sock.writable = false;
     // A worker with much to do hears of it late: what stands by now is used, and only the drain's end cuts it.
     let in_time = writable(&mut sock, watch).await || watch.verdict() != Some(Verdict::Cut) && is_connected(&sock);
-    let result = match socket::take_error(sock.fd()) {
+    let error = match socket::take_error(sock.fd()) {
         Ok(None) if in_time => {
             sock.tally = peer.opened();
             // Hardly any server has spoken already.
             sock.readable = false;
             return Ok(sock);
         }
-        Ok(None) => Err(io::ErrorKind::TimedOut.into()),
-        Ok(Some(e)) | Err(e) => Err(e),
+        Ok(None) => io::ErrorKind::TimedOut.into(),
+        Ok(Some(e)) | Err(e) => e,
     };
     peer.refused();
     sock.cancel().await;
-    result
+    Err(Refused { error, is_local: false })
 }
 
 fn is_connected(sock: &Sock) -> bool {

@@ -8,10 +8,10 @@ use rustls::ClientConfig;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-/// A connection's index and how long to wait before.
-type Order = (usize, Duration);
+/// A connection's index and when it may be opened: pauses of many orders pass at the same time.
+type Order = (usize, Instant);
 type Opened = (usize, Result<Session>);
 
 /// See the module. Its thread ends when this is dropped.
@@ -32,8 +32,8 @@ impl Opener {
         let (deliver, opened) = channel();
         let (ring, to, with) = (bell.try_clone().context("eventfd")?, target.clone(), config.clone());
         let work = move || {
-            for (index, pause) in ordered {
-                std::thread::sleep(pause);
+            for (index, not_before) in ordered {
+                std::thread::sleep(not_before.saturating_duration_since(Instant::now()));
                 let session = Session::open(&to, with.as_ref());
                 if deliver.send((index, session)).is_err() || rustix::io::write(&ring, &1_u64.to_ne_bytes()).is_err() {
                     return;
@@ -54,7 +54,9 @@ impl Opener {
 
     /// Orders a new one.
     pub fn order(&self, index: usize, pause: Duration) -> Result<()> {
-        self.orders.send((index, pause)).map_err(|_| anyhow!("the thread that opens connections has ended"))
+        self.orders
+            .send((index, Instant::now() + pause))
+            .map_err(|_| anyhow!("the thread that opens connections has ended"))
     }
 
     /// Readable when a connection has come.

@@ -48,7 +48,7 @@ pub(in crate::control) struct Checked {
 /// What the responder had.
 pub(super) enum Asked {
     Nobody,
-    /// A staple that ends later than any before.
+    /// A staple that is newer than any before.
     Newer,
     /// Nothing of use, and why.
     InVain(String),
@@ -118,7 +118,7 @@ async fn check_one(item: Item, files: &Files) -> Checked {
     let about = |why: &dyn std::fmt::Display| format!("{responder} about {}: {why}", leaf.name());
     let verified = answer.and_then(|answer| ocsp::verify(&answer, &leaf, &issuer, now()).map_err(|why| about(&why)));
     match verified {
-        Ok(staple) if best.as_ref().is_none_or(|best| best.next_update < staple.next_update) => {
+        Ok(staple) if best.as_ref().is_none_or(|best| best.times() < staple.times()) => {
             let bytes = staple.der.clone();
             if let Err(error) = files.call(move || write(&file, &bytes)).await {
                 tracing::info!(%error, "ocsp: the staple is kept in this process alone");
