@@ -18,11 +18,13 @@ use admin::Admin;
 use notify::{State, notify};
 use reload::Fresh;
 use start::Terminator;
+use std::convert::Infallible;
 use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::task::JoinHandle;
+use tokio::time::Interval;
 use upkeep::Look;
 
 /// How often is looked whether every worker lives and every staple lasts.
@@ -141,7 +143,10 @@ impl Terminator {
             Ok(value) => (Some(value), "done"),
             Err(name) => (None, name),
         };
-        let drained = self.drain(name, &mut signals).await;
+        let drained = tokio::select! {
+            drained = self.drain(name, &mut signals) => drained,
+            never = keep_on(&admin, &mut look_after) => match never {},
+        };
         admin.keep();
         drained?;
         Ok(value)
@@ -176,6 +181,14 @@ impl Terminator {
         };
         notify(State::Reloading);
         Some(tokio::task::spawn_blocking(move || Fresh::read(&file)))
+    }
+}
+
+/// Who kills the process in its drain takes the counts of the last second from it, as at any other time.
+async fn keep_on(admin: &Admin, each: &mut Interval) -> Infallible {
+    loop {
+        each.tick().await;
+        admin.keep();
     }
 }
 

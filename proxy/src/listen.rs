@@ -2,6 +2,7 @@
 //! worker waits for another.
 
 use crate::config::Listener;
+use crate::keepalive;
 use crate::observe::maps::Maps;
 use crate::observe::sockets::begin_listener;
 use crate::sys::socket::set_nodelay;
@@ -68,9 +69,28 @@ pub fn bind_admin(address: SocketAddr) -> Result<TcpListener, BindError> {
 }
 
 /// `[::]:443` takes IPv4 too, unless another listener has that port on IPv4.
-fn is_v6only(address: SocketAddr, all: &[Arc<Listener>]) -> bool {
-    let is_any = address.ip() == IpAddr::from([0u16; 8]);
-    !is_any || all.iter().any(|other| other.address.is_ipv4() && other.address.port() == address.port())
+pub fn is_v6only(address: SocketAddr, all: &[Arc<Listener>]) -> bool {
+    !is_any_v6(address) || v4_of_port(address, all).next().is_some()
+}
+
+/// The listeners of `wanted` that take no IPv4 although no other takes all of it, each with one that has the port.
+pub fn short_of_v4(wanted: &[Arc<Listener>], all: &[Arc<Listener>]) -> Vec<(SocketAddr, SocketAddr)> {
+    let short = |listener: &Arc<Listener>| {
+        let address = listener.address;
+        let takes_all = v4_of_port(address, all).any(|other| other.ip().is_unspecified());
+        let other = v4_of_port(address, all).next().filter(|_| is_any_v6(address) && !takes_all)?;
+        Some((address, other))
+    };
+    wanted.iter().filter_map(short).collect()
+}
+
+fn is_any_v6(address: SocketAddr) -> bool {
+    address.ip() == IpAddr::from([0u16; 8])
+}
+
+fn v4_of_port(address: SocketAddr, all: &[Arc<Listener>]) -> impl Iterator<Item = SocketAddr> {
+    let has = move |other: &SocketAddr| other.is_ipv4() && other.port() == address.port();
+    all.iter().map(|other| other.address).filter(has)
 }
 
 /// SO_REUSEPORT shares a port with any process of the same user, so a second tlsplice by mistake would take half of
@@ -88,6 +108,7 @@ fn reuseport(listener: &Listener, v6only: bool, maps: Option<&Maps>) -> Result<O
     let socket = socket(address, v6only)?;
     // Its children inherit it.
     set_nodelay(socket.as_fd()).map_err(|e| ("setsockopt(TCP_NODELAY)", e))?;
+    keepalive::switch_on(&socket).map_err(|e| ("setsockopt(SO_KEEPALIVE)", e))?;
     socket.set_reuse_port(true).map_err(|e| ("setsockopt(SO_REUSEPORT)", e))?;
     socket.bind(&address.into()).map_err(|e| ("bind", e))?;
     if let Some(maps) = maps {
@@ -174,5 +195,14 @@ mod tests {
         assert!(!is_v6only(any.address, &[Arc::clone(&any), listener("0.0.0.0:80")]));
         assert!(is_v6only(any.address, &[Arc::clone(&any), listener("0.0.0.0:443")]));
         assert!(is_v6only("[::1]:443".parse().expect("an address"), &[]));
+    }
+
+    #[test]
+    fn any_v6_beside_a_part_of_v4_is_told() {
+        let (any, loopback, all_v4) = (listener("[::]:443"), listener("127.0.0.1:443"), listener("0.0.0.0:443"));
+        let short = |all: &[Arc<Listener>]| short_of_v4(all, all);
+        assert_eq!(short(&[Arc::clone(&any), Arc::clone(&loopback)]), [(any.address, loopback.address)]);
+        assert_eq!(short(&[Arc::clone(&any), loopback, all_v4]), []);
+        assert_eq!(short(&[any, listener("127.0.0.1:80"), listener("[::1]:443")]), []);
     }
 }

@@ -7,7 +7,7 @@
 
 use super::notify::{State, notify};
 use super::staples::{self, Answers, Staples};
-use super::start::{Loaded, Terminator, read_certificates, read_config, refuse_if_required};
+use super::start::{Loaded, Terminator, read_certificates, read_config, refuse_if_required, warn_of_v4};
 use super::upkeep::Watched;
 use crate::accept::SYN_GRACE;
 use crate::config::{Config, Listener, Ocsp};
@@ -15,6 +15,7 @@ use crate::exit::Failure;
 use crate::listen::{self, BindError};
 use crate::tls::policy;
 use crate::worker::{Bound, Command, Snapshot};
+use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -23,6 +24,8 @@ use std::time::{Duration, Instant};
 const BIND_RETRY: Duration = Duration::from_millis(20);
 /// A listener that closes takes this much longer than its last SYN may, at most.
 const CLOSING_SLACK: Duration = Duration::from_millis(500);
+
+const ONLY_BY_A_RESTART: &str = "one port changes its address only by a restart";
 
 /// What a reload has read.
 pub(super) struct Fresh {
@@ -71,12 +74,14 @@ impl Terminator {
         let certificates = self.staples.put_to(certificates, &answers, &config.tls);
         let tls = policy::server_config(&config.tls, certificates.resolver(), &self.resumption)
             .map_err(|e| Failure::Usage(format!("[tls]: {e}")))?;
+        refuse_if_v4_changes(&self.config, &config)?;
         let new = added(&self.config, &config);
         let open = self.bind(&new, &config.listeners).await.map_err(|e| self.refused(&e))?;
         for setting in keep_fixed(&self.config, &mut config) {
             tracing::warn!(setting, "reload: changes only by a restart; the old value stays");
         }
         self.log.set_level(config.log.level);
+        warn_of_v4(&new, &config.listeners);
         self.figures.set(&config, &certificates);
         self.config = Arc::new(config);
         (self.certificates, self.grade) = (certificates, grade);
@@ -113,12 +118,22 @@ impl Terminator {
         let port = error.address.port();
         let ours = self.config.listeners.iter().find(|l| l.address.port() == port);
         let hint = ours.map_or(String::new(), |listener| {
-            format!(
-                "; this process has {} itself, and one port changes its address only by a restart",
-                listener.address
-            )
+            format!("; this process has {} itself, and {ONLY_BY_A_RESTART}", listener.address)
         });
         Failure::Host(format!("{error}{hint}"))
+    }
+}
+
+/// A socket of `[::]` takes IPv4 or not from its bind on, so one that stays could not take over what the file moves to it.
+fn refuse_if_v4_changes(old: &Config, new: &Config) -> Result<(), Failure> {
+    let changes = |address| listen::is_v6only(address, &old.listeners) != listen::is_v6only(address, &new.listeners);
+    let stays = |address: &SocketAddr| old.listeners.iter().any(|other| other.address == *address);
+    match new.listeners.iter().map(|listener| listener.address).filter(stays).find(|address| changes(*address)) {
+        None => Ok(()),
+        Some(address) => {
+            let now = if listen::is_v6only(address, &old.listeners) { "without" } else { "with" };
+            Err(Failure::Host(format!("this process has {address} {now} IPv4, and {ONLY_BY_A_RESTART}")))
+        }
     }
 }
 
@@ -182,6 +197,19 @@ mod tests {
         let (old, new) = (config(FILE), config(&FILE.replace("2443", "3443")));
         let added: Vec<u16> = added(&old, &new).iter().map(|l| l.address.port()).collect();
         assert_eq!(added, [3443]);
+    }
+
+    #[test]
+    fn any_v6_that_stays_neither_gains_nor_loses_v4() {
+        let any = FILE.replace("127.0.0.1:1443", "[::]:443");
+        let (alone, beside) = (config(&any), config(&any.replace("127.0.0.1:2443", "0.0.0.0:443")));
+        for (old, new, now) in [(&alone, &beside, "with IPv4"), (&beside, &alone, "without IPv4")] {
+            let refused = refuse_if_v4_changes(old, new).expect_err("it cannot be done").to_string();
+            assert!(refused.contains(now) && refused.contains(ONLY_BY_A_RESTART), "{refused}");
+        }
+        assert!(refuse_if_v4_changes(&beside, &beside).is_ok());
+        // One that is new is bound as the file says.
+        assert!(refuse_if_v4_changes(&config(FILE), &beside).is_ok());
     }
 
     #[test]

@@ -7,7 +7,7 @@
 
 use super::staples::{self, Staples};
 use super::upkeep::{TicketGauges, Tickets, Watched};
-use crate::config::{Config, KernelMetrics, Offload, SpliceMode};
+use crate::config::{Config, KernelMetrics, Listener, Offload, SpliceMode};
 use crate::exit::Failure;
 use crate::listen;
 use crate::observe::counters::Counters;
@@ -121,6 +121,7 @@ impl Terminator {
         credentials.log();
         log_counting(&counting);
         warn_of_limits(&config, &kernel, open_files);
+        warn_of_v4(&config.listeners, &config.listeners);
         if let Some(faults) = &instead_of {
             tracing::error!(reason = %faults, "certificates: the files will not do, the last good copy serves");
         }
@@ -309,6 +310,13 @@ fn refuse_if_unreadable(
 
 fn readable(path: &Path) -> io::Result<()> {
     if path.is_dir() { std::fs::read_dir(path).map(|_| ()) } else { File::open(path).map(|_| ()) }
+}
+
+/// Who asks for `[::]` expects IPv4 with it.
+pub(super) fn warn_of_v4(opened: &[Arc<Listener>], all: &[Arc<Listener>]) {
+    for (address, other) in listen::short_of_v4(opened, all) {
+        tracing::warn!("{address} does not take IPv4, as {other} has that port");
+    }
 }
 
 fn warn_of_limits(config: &Config, kernel: &Kernel, open_files: OpenFiles) {

@@ -2,8 +2,9 @@
 //!
 //!   object inside? ─▶ bpffs? ─▶ pins' folder, locked ─▶ cgroup ─▶ maps (pinned ones are taken up) ─▶ program ─▶ link
 //!
-//! The link is pinned too. One that lives is given the new program, one whose cgroup is gone is replaced, so that there
-//! are never two. Whatever is missing is said in one line, and tlsplice serves on. eBPF only observes.
+//! The link is pinned too. One that lives is given the new program, one whose cgroup is gone or empty is replaced, so
+//! that there are never two; what counts for the processes of another cgroup is left to them. Whatever is missing is
+//! said in one line, and tlsplice serves on. eBPF only observes.
 
 use super::cgroup::{Cgroup, mount_of};
 use super::maps::{Locked, Maps, PROGRAM_PIN};
@@ -16,7 +17,7 @@ use socket2::{Domain, Socket, Type};
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::AsFd;
-use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::fs::{DirBuilderExt, DirEntryExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use tlsplice_ebpf::LAYOUT;
@@ -124,10 +125,16 @@ fn load(pins: &Path) -> Result<(Maps, Vec<String>), String> {
     let folder = pins.join(LAYOUT);
     bpffs(pins)?;
     let make = fs::DirBuilder::new().recursive(true).mode(0o700).create(&folder);
-    make.map_err(|e| format!("make {}: {e}", folder.display()))?;
+    make.map_err(|e| {
+        // systemd mounts it for root alone.
+        let mend =
+            if e.kind() == io::ErrorKind::PermissionDenied { ": chmod 0711 /sys/fs/bpf, as the unit does" } else { "" };
+        format!("make {}: {e}{mend}", folder.display())
+    })?;
     let lock = File::open(&folder).map_err(|e| format!("{}: {e}", folder.display()))?;
     let locked = Locked::new(&lock).map_err(|e| format!("lock {}: {e}", folder.display()))?;
     let cgroup = Cgroup::enter()?;
+    refuse_if_others_are_counted(&folder.join(LINK), &cgroup)?;
     let mut loader = EbpfLoader::new();
     for map in MAPS {
         loader.map_pin_path(map, folder.join(map));
@@ -172,6 +179,51 @@ fn attach(ebpf: &mut Ebpf, cgroup: &Cgroup, folder: &Path) -> Result<(), String>
     let link = program.take_link(id).map_err(|e| refused("take the link", &e))?;
     let link: FdLink = link.try_into().map_err(|e| refused("take the link", &e))?;
     link.pin(pin).map_err(|e| refused("pin the link", &e)).map(drop)
+}
+
+/// The pin is the link's only reference: without it another tlsplice would be counted no more, and not notice.
+fn refuse_if_others_are_counted(pin: &Path, own: &Cgroup) -> Result<(), String> {
+    let Ok(link) = bpf::open_pin(pin) else { return Ok(()) };
+    // 0: its cgroup is gone.
+    let id = bpf::cgroup_of_link(link.as_fd()).unwrap_or(0);
+    if id == 0 || id == own.id {
+        return Ok(());
+    }
+    let mounts = fs::read_to_string("/proc/self/mountinfo").map_err(|e| format!("/proc/self/mountinfo: {e}"))?;
+    // One that is being removed has no folder any more.
+    let other = mount_of(&mounts, "cgroup2").and_then(|mount| folder_with(mount, id));
+    match other {
+        // Of a cgroup above our own this process is a part.
+        Some(other) if !own.path.starts_with(&other) && is_populated(&other) => Err(format!(
+            "{} counts sockets of {}, which has processes: if another tlsplice is among them, give this one a \
+             metrics.pins of its own; if not, rm {0}",
+            pin.display(),
+            other.display()
+        )),
+        Some(_) | None => Ok(()),
+    }
+}
+
+/// The folder at any depth below `top` that has this inode, which is the number of a cgroup.
+fn folder_with(top: PathBuf, inode: u64) -> Option<PathBuf> {
+    let mut unread = vec![top];
+    while let Some(folder) = unread.pop() {
+        // It may be gone by now.
+        let Ok(entries) = fs::read_dir(&folder) else { continue };
+        for entry in entries.flatten().filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir())) {
+            if entry.ino() == inode {
+                return Some(entry.path());
+            }
+            unread.push(entry.path());
+        }
+    }
+    None
+}
+
+/// Whether there are processes in a cgroup or in any below it.
+fn is_populated(cgroup: &Path) -> bool {
+    fs::read_to_string(cgroup.join("cgroup.events"))
+        .is_ok_and(|events| events.lines().any(|line| line == "populated 1"))
 }
 
 fn remove_pin(pin: &Path) -> Result<(), String> {
@@ -238,4 +290,26 @@ fn remarks(pins: &Path, cgroup: &Cgroup) -> Vec<String> {
         ));
     }
     remarks
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::MetadataExt;
+
+    #[test]
+    fn a_cgroup_is_found_by_its_number_at_any_depth() {
+        let top = tempfile::tempdir().expect("a folder");
+        let service = top.path().join("system.slice/tlsplice.service");
+        fs::create_dir_all(&service).expect("folders");
+        fs::create_dir_all(top.path().join("user.slice/session-1.scope")).expect("folders");
+        fs::write(service.join("cgroup.events"), "populated 0\nfrozen 0\n").expect("written");
+        let inode = |path: &Path| fs::metadata(path).expect("it is there").ino();
+        let found = folder_with(top.path().to_owned(), inode(&service)).expect("found");
+        assert_eq!((found.as_path(), is_populated(&found)), (service.as_path(), false));
+        fs::write(service.join("cgroup.events"), "populated 1\nfrozen 0\n").expect("written");
+        assert!(is_populated(&service));
+        let file = inode(&service.join("cgroup.events"));
+        assert_eq!(folder_with(top.path().to_owned(), file), None);
+    }
 }

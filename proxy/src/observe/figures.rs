@@ -7,6 +7,7 @@ use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric};
 use prometheus_client::metrics::MetricType;
 use prometheus_client::metrics::counter::ConstCounter;
 use prometheus_client::metrics::gauge::ConstGauge;
+use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::{Mutex, PoisonError};
 
@@ -18,11 +19,14 @@ pub struct Figures {
     now: Mutex<Now>,
 }
 
+/// Main name and kind of key.
+type Labels = (String, String);
+
 #[derive(Debug, Default)]
 struct Now {
     limits: Vec<(&'static str, i64)>,
-    /// Main name, kind of key, and the end of its time in seconds since 1970.
-    certificates: Vec<(String, String, i64)>,
+    /// The end of a certificate's time in seconds since 1970.
+    certificates: BTreeMap<Labels, i64>,
 }
 
 impl Figures {
@@ -38,14 +42,10 @@ impl Figures {
                 ("records_per_key", i64::try_from(limits.records_per_key).unwrap_or(i64::MAX)),
                 ("workers", whole(config.server.workers.get())),
             ],
-            certificates: certificates
-                .served()
-                .iter()
-                .map(|one| {
-                    let name = one.names.first().cloned().unwrap_or_default();
-                    (name, one.key_kind.clone(), one.not_after_seconds)
-                })
-                .collect(),
+            certificates: earliest(certificates.served().iter().map(|one| {
+                let name = one.names.first().cloned().unwrap_or_default();
+                ((name, one.key_kind.clone()), one.not_after_seconds)
+            })),
         };
         *self.now.lock().unwrap_or_else(PoisonError::into_inner) = now;
     }
@@ -66,7 +66,7 @@ impl Figures {
         }
         let (name, help) = ("tlsplice_certificate_expiry_timestamp_seconds", "When a certificate's time is over");
         let mut family = to.encode_descriptor(name, help, None, MetricType::Gauge)?;
-        for (name, key, end) in &now.certificates {
+        for ((name, key), end) in &now.certificates {
             ConstGauge::new(*end).encode(family.encode_family(&[("name", name.as_str()), ("key", key.as_str())])?)?;
         }
         let Some(kernel) = std::fs::read_to_string("/proc/net/tls_stat").ok() else { return Ok(()) };
@@ -79,8 +79,30 @@ impl Figures {
     }
 }
 
+/// Certificates may share their labels, and a sample may be there once: the end that comes first is what matters.
+fn earliest(ends: impl Iterator<Item = (Labels, i64)>) -> BTreeMap<Labels, i64> {
+    let mut earliest = BTreeMap::new();
+    for (labels, end) in ends {
+        earliest.entry(labels).and_modify(|first: &mut i64| *first = end.min(*first)).or_insert(end);
+    }
+    earliest
+}
+
 /// `TlsTxSw    12`
 fn tls_stat(line: &str) -> Option<(&str, i64)> {
     let mut words = line.split_whitespace();
     Some((words.next()?, words.next()?.parse().ok()?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn certificates_with_the_same_labels_are_one_sample_with_the_end_that_comes_first() {
+        let labels = |name: &str, key: &str| (name.to_owned(), key.to_owned());
+        let (ecdsa, rsa) = (labels("a.example", "ECDSA P-256"), labels("a.example", "RSA 2048"));
+        let ends = [(ecdsa.clone(), 20), (rsa.clone(), 40), (ecdsa.clone(), 10), (ecdsa.clone(), 30)];
+        assert_eq!(earliest(ends.into_iter()), BTreeMap::from([(ecdsa, 10), (rsa, 40)]));
+    }
 }

@@ -1,6 +1,7 @@
 //! SIGTERM: nobody whose SYN was answered sees a reset, what is under way comes to its end, and what does not is cut at
 //! the deadline.
 
+use super::kernel_metrics::{Pins, pinned};
 use crate::client::handshake::{Offer, TLS12_AES_128, TLS13_AES_128, TLS13_AES_256};
 use crate::client::{Client, Ended, How};
 use crate::environment::{Environment, Relay};
@@ -24,6 +25,10 @@ pub fn tests(env: &Environment) -> Vec<Test> {
     add("a_transfer_under_way_ends_whole_while_it_drains", transfer_under_way);
     add("a_connection_that_outlives_the_drain_is_cut_at_its_deadline", deadline);
     add("sigint_drains_too", sigint);
+    if env.counts_in_kernel() {
+        // Where it does not, nothing is kept.
+        add("user_space_counts_of_a_drain_outlive_a_kill", killed);
+    }
     tests
 }
 
@@ -159,4 +164,32 @@ fn sigint(ctx: &Context, relay: Relay) -> Result<()> {
     setup.proxy.signal(Signal::INT)?;
     let Setup { proxy, .. } = setup;
     ends(ctx, proxy, ctx.environment.patience()).map(drop)
+}
+
+fn killed(ctx: &Context, relay: Relay) -> Result<()> {
+    let pins = Pins::mount(ctx)?;
+    let upstream = Upstream::manual(&ctx.environment, Kind::V4)?;
+    let setup = Setup::with(ctx, relay, &[0], upstream, |mut settings| {
+        pins.settings(&mut settings);
+        settings
+    })?;
+    let ending = setup.open(ctx, 0, TLS13_AES_128, 10_000)?;
+    let staying = setup.open(ctx, 0, TLS13_AES_128, 10_000)?;
+    setup.proxy.signal(Signal::TERM)?;
+    let deadline = Instant::now() + ctx.environment.patience();
+    while !setup.proxy.log().contains("drains") {
+        ensure!(Instant::now() < deadline, "it does not drain: {}", setup.proxy.log_tail());
+        thread::sleep(Duration::from_millis(10));
+    }
+    drop(ending);
+    setup.proxy.wait_for("one to end in the drain", |m| m.ended_any() == 1)?;
+    // User space keeps its counts once a second.
+    thread::sleep(Duration::from_millis(1_500));
+    let Setup { mut proxy, .. } = setup;
+    proxy.signal(Signal::KILL)?;
+    proxy.wait_exit()?;
+    let ended = pinned(ctx, &pins.folder())?.ended_any();
+    ensure!(ended == 1, "user space forgot what it counted in the drain: {ended} have ended");
+    drop(staying);
+    Ok(())
 }

@@ -26,6 +26,7 @@ pub fn tests(env: &Environment) -> Vec<Test> {
     let limit = env.scale(Duration::from_secs(240), Duration::from_secs(900));
     tests.push(Test::new(env, "kernel_counts_outlive_a_killed_tlsplice", killed));
     tests.push(Test::new(env, "a_new_program_takes_over_in_a_storm_without_a_loss", replaced));
+    tests.push(Test::new(env, "a_second_tlsplice_takes_no_counting_from_one_in_another_cgroup", counted_elsewhere));
     tests.push(Test::new(env, "server_names_of_a_hostile_client_take_no_memory", names));
     tests.push(Test::new(env, "without_bpffs_or_capabilities_it_serves_and_says_so", without));
     if !env.is_guest() {
@@ -261,6 +262,52 @@ fn killed(ctx: &Context) -> Result<()> {
         "the last truth is another than the one before the end"
     );
     Ok(())
+}
+
+/// A cgroup as systemd would give a service of its own.
+struct Service(PathBuf);
+
+impl Service {
+    fn make(ctx: &Context) -> Result<Self> {
+        let mounts = fs::read_to_string("/proc/self/mounts")?;
+        let is_v2 = |line: &&str| line.split(' ').nth(2) == Some("cgroup2");
+        let mount = mounts.lines().find(is_v2).and_then(|line| line.split(' ').nth(1)).context("no cgroup2")?;
+        let folder = Path::new(mount).join(format!("{}.service", ctx.test()));
+        fs::create_dir_all(&folder).with_context(|| format!("make {}", folder.display()))?;
+        Ok(Self(folder))
+    }
+}
+
+impl Drop for Service {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir(&self.0);
+    }
+}
+
+fn counted_elsewhere(ctx: &Context) -> Result<()> {
+    let pins = Pins::mount(ctx)?;
+    let service = Service::make(ctx)?;
+    let truth = Arc::new(Truth::default());
+    let server = Server::start(truth.clone())?;
+    let settings = || -> Result<Settings> {
+        let mut settings = Settings::new(ctx, default_relay(ctx))?.listen(50_000, &server.address.to_string())?;
+        pins.settings(&mut settings);
+        Ok(settings)
+    };
+    let join = "echo $$ >\"$1/cgroup.procs\" && shift 2 && exec \"$@\"";
+    let folder = service.0.display().to_string();
+    let first = Proxy::start_as(ctx, settings()?, &["sh", "-c", join, "sh", &folder])?;
+    let second = settings()?;
+    let Err(refused) = Proxy::start(ctx, second.clone()) else { bail!("a second one took the counting away") };
+    ensure!(format!("{refused:#}").contains("a metrics.pins of its own"), "{refused:#}");
+    let config = client_config(ctx)?;
+    storm(1, 20, |_, random| connect(&config, first.address(0), &truth, Kind::Clean, sizes(random)))?;
+    let counted = figures(&all_closed(ctx, || first.metrics())?, "client");
+    ensure!(counted == truth.client.figures(), "{counted:?} counted, {:?} sent", truth.client.figures());
+    proxy_gone(ctx, first, &pins)?;
+    // The cgroup is still there, and nobody is in it any more.
+    let second = Proxy::start(ctx, second)?;
+    proxy_gone(ctx, second, &pins).map(drop)
 }
 
 /// What the pins say after it has ended in order.

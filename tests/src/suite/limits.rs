@@ -26,6 +26,8 @@ pub fn tests(env: &Environment) -> Vec<Test> {
     let mut add = |name, run| tests.extend(Test::one_relay(env, name, run));
     add("a_connection_above_the_cap_is_refused_and_the_next_below_it_served", cap);
     add("a_client_that_does_not_finish_its_handshake_is_cut", handshake_timeout);
+    add("a_client_that_leaves_without_a_byte_is_no_failed_handshake", health_check);
+    add("a_quiet_connection_is_probed_by_tcp", keepalive);
     add("an_idle_connection_is_cut_and_a_busy_one_is_not", idle_timeout);
     add("a_client_that_takes_slowly_what_is_queued_is_not_idle", slow_is_not_idle);
     add("an_upstream_that_refuses_ends_the_connection_without_a_clean_end", refused);
@@ -86,6 +88,44 @@ fn handshake_timeout(ctx: &Context, relay: Relay) -> Result<()> {
     let metrics = setup.finish(ctx)?;
     ensure!(metrics.ended("handshake_timeout") == 3, "endings: {}", metrics.endings());
     Ok(())
+}
+
+/// As balancers do it: connect, then FIN, or a reset.
+fn health_check(ctx: &Context, relay: Relay) -> Result<()> {
+    let setup = exchanging(ctx, relay, &[])?;
+    for resets in [false, true] {
+        let socket = Socket::from(TcpStream::connect(setup.proxy.address(0))?);
+        if resets {
+            socket.set_linger(Some(Duration::ZERO))?;
+        }
+    }
+    let metrics = setup.proxy.wait_for("both ends", |m| m.ended("no_hello") == 2)?;
+    let failed = metrics.sum("tlsplice_handshakes_total", &[("result", "failed")]);
+    ensure!(failed == 0, "{failed} handshakes failed; endings: {}", metrics.endings());
+    setup.finish(ctx).map(drop)
+}
+
+/// The kernel's list says of each socket which timer runs.
+fn keepalive(ctx: &Context, relay: Relay) -> Result<()> {
+    const PROBES: &str = "02";
+    let setup = exchanging(ctx, relay, &[])?;
+    let address = setup.proxy.address(0);
+    let client = setup.client(ctx, 0, TLS13_AES_256)?;
+    let local = format!(":{:04X}", address.port());
+    let timer = || -> Result<Option<String>> {
+        let list = std::fs::read_to_string("/proc/net/tcp")?;
+        let mut rows = list.lines().map(|line| line.split_whitespace().collect::<Vec<_>>());
+        let row = rows.find(|row| row.get(1).is_some_and(|it| it.ends_with(&local)) && row.get(3) == Some(&"01"));
+        Ok(row.and_then(|row| row.get(5)?.split(':').next().map(str::to_owned)))
+    };
+    // Until what was sent is acknowledged another timer runs.
+    let deadline = Instant::now() + ctx.environment.patience();
+    while timer()?.as_deref() != Some(PROBES) {
+        ensure!(Instant::now() < deadline, "no probes: timer {:?}", timer()?);
+        thread::sleep(Duration::from_millis(20));
+    }
+    drop(client);
+    setup.finish(ctx).map(drop)
 }
 
 fn idle_timeout(ctx: &Context, relay: Relay) -> Result<()> {

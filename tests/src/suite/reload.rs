@@ -4,12 +4,13 @@ use crate::client::How;
 use crate::client::handshake::{TLS13_AES_128, TLS13_AES_256};
 use crate::environment::{Environment, Relay};
 use crate::exchange::{self, Plan, Setup};
+use crate::proxy::{Proxy, Settings, loopback};
 use crate::run::{Context, Test};
 use crate::upstream::{Kind, Upstream, exchange as serve};
 use anyhow::{Context as _, Result, ensure};
 use rustix::process::Signal;
 use std::fs;
-use std::net::{SocketAddr, TcpStream};
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -19,6 +20,7 @@ pub fn tests(env: &Environment) -> Vec<Test> {
     add("a_reload_opens_and_closes_listeners_and_cuts_nobody", listeners);
     add("a_reload_with_a_bad_file_keeps_what_runs", bad_file);
     add("a_reload_changes_upstreams_and_limits_for_new_connections", upstreams);
+    add("a_reload_that_would_leave_ipv4_unserved_is_refused", v4_of_any);
     tests
 }
 
@@ -93,6 +95,31 @@ fn bad_file(ctx: &Context, relay: Relay) -> Result<()> {
     setup.proxy.signal(Signal::HUP)?;
     setup.transfer(ctx, 0, TLS13_AES_128, &Plan::new(10_000, 10_000))?;
     setup.finish(ctx).map(drop)
+}
+
+fn v4_of_any(ctx: &Context, relay: Relay) -> Result<()> {
+    let upstream = Upstream::serve(&ctx.environment, Kind::V4, serve)?;
+    let mut settings = Settings::new(ctx, relay)?.listen(0, upstream.address())?.listen(0, upstream.address())?;
+    let port = settings.listeners[0].address.port();
+    settings.listeners[0].address = (Ipv4Addr::UNSPECIFIED, port).into();
+    settings.listeners[1].address = (Ipv6Addr::UNSPECIFIED, port).into();
+    let mut setup = Setup { proxy: Proxy::start(ctx, settings.clone())?, upstream };
+    let both = settings.clone();
+    settings.listeners.remove(0);
+    setup.proxy.reload(settings.clone())?;
+    wait(ctx, "the reload is refused", || {
+        setup.proxy.log().contains(&format!("this process has [::]:{port} without IPv4"))
+    })?;
+    setup.proxy.settings = both;
+    for listener in 0..2 {
+        setup.transfer(ctx, listener, TLS13_AES_128, &Plan::new(10_000, 10_000))?;
+    }
+    // By a restart it can be had.
+    let Setup { proxy, upstream } = setup;
+    proxy.finish(ctx)?;
+    setup = Setup { proxy: Proxy::start(ctx, settings)?, upstream };
+    ensure!(listens(loopback(port)), "[::] alone does not take IPv4");
+    finish_reloaded(ctx, setup)
 }
 
 fn upstreams(ctx: &Context, relay: Relay) -> Result<()> {

@@ -192,7 +192,7 @@ fn peer_name(name: &EndpointName) -> String {
 fn names(before: &Reading, now: &Reading, seconds: f64) -> Vec<Rates> {
     let mut names: BTreeMap<&str, Rates> = BTreeMap::new();
     for (class, sums) in &now.classes {
-        if sums.opened == 0 {
+        if is_unused(sums) {
             continue;
         }
         let was = before.classes.iter().find(|(other, _)| other == class).map(|(_, sums)| sums);
@@ -216,6 +216,12 @@ fn names(before: &Reading, now: &Reading, seconds: f64) -> Vec<Rates> {
     names.into_values().collect()
 }
 
+/// A class may have connections that were opened in another: behind the door they are in one of their own.
+fn is_unused(sums: &ClassSums) -> bool {
+    let ClassSums { opened, closed, live, bytes_in, bytes_out, retransmits } = *sums;
+    [opened, closed, live, bytes_in, bytes_out, retransmits] == [0; 6]
+}
+
 fn shown_name(class: &ClassName) -> String {
     match class.server_name.as_str() {
         "" => "(none)".to_owned(),
@@ -233,4 +239,39 @@ fn mean(before: Option<&Histogram>, now: &Histogram) -> Option<f64> {
     let samples = count(now).saturating_sub(before.map_or(0, count));
     let sum = now.sum.saturating_sub(before.map_or(0, |h| h.sum));
     (samples > 0).then(|| sum as f64 / samples as f64)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tlsplice_ebpf::Text;
+
+    fn class(offload: &str) -> ClassName {
+        ClassName {
+            used: Text::new("yes"),
+            server_name: Text::new("a.example"),
+            version: Text::new("TLSv1.3"),
+            suite: Text::new("TLS_AES_128_GCM_SHA256"),
+            group: Text::new("X25519"),
+            resumed: Text::new("no"),
+            offload: Text::new(offload),
+        }
+    }
+
+    #[test]
+    fn a_name_has_its_connections_on_both_sides_of_the_door() {
+        let unused = ClassSums { opened: 0, closed: 0, live: 0, bytes_in: 0, bytes_out: 0, retransmits: 0 };
+        let reading = |bytes_out| Reading {
+            classes: vec![
+                (class("userspace"), ClassSums { opened: 3, live: 1, bytes_out: 100, ..unused }),
+                (class("kernel"), ClassSums { live: 2, bytes_out, ..unused }),
+            ],
+            ..Reading::default()
+        };
+        let lines = names(&reading(0), &reading(8_000), 2.0);
+        let lines: Vec<_> = lines.iter().map(|line| (line.name.as_str(), line.live, line.bytes_out)).collect();
+        assert_eq!(lines, [("a.example", 3, 4_000.0)]);
+        let nobody = Reading { classes: vec![(class("kernel"), unused)], ..Reading::default() };
+        assert_eq!(names(&nobody, &nobody, 1.0), []);
+    }
 }
