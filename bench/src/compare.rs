@@ -44,12 +44,19 @@ pub struct Change {
     pub peer: String,
     pub figure: Figure,
     pub before: f64,
+    /// `None`: the second run has none.
+    pub now: Option<Now>,
+    pub verdict: Verdict,
+}
+
+/// What the second run has against the first.
+#[derive(Clone, Copy, Debug)]
+pub struct Now {
     pub after: f64,
     /// After through before, with the peers' drift taken out; above 1 is worse.
     pub factor: f64,
     /// The largest factor that would still be called noise.
     pub threshold: f64,
-    pub verdict: Verdict,
 }
 
 /// Every row of tlsplice's in the first run.
@@ -87,8 +94,7 @@ pub fn differences(before: &Run, after: &Run) -> Vec<String> {
 fn missing(before: &Run, kind: Kind, peer: &str) -> Option<Change> {
     let figure = Figure::of(kind);
     let old = before.series(kind, peer)?.median(figure)?;
-    let (after, factor, threshold) = (f64::NAN, f64::NAN, f64::NAN);
-    Some(Change { kind, peer: peer.into(), figure, before: old, after, factor, threshold, verdict: Verdict::Missing })
+    Some(Change { kind, peer: peer.into(), figure, before: old, now: None, verdict: Verdict::Missing })
 }
 
 fn row(before: &Run, after: &Run, kind: Kind, peer: &str) -> Option<Change> {
@@ -117,7 +123,8 @@ fn row(before: &Run, after: &Run, kind: Kind, peer: &str) -> Option<Change> {
         (false, false) if least_chance > LARGEST_CHANCE => Verdict::Unsure,
         (false, false) => Verdict::Same,
     };
-    Some(Change { kind, peer: peer.into(), figure, before: old, after: new, factor, threshold, verdict })
+    let now = Some(Now { after: new, factor, threshold });
+    Some(Change { kind, peer: peer.into(), figure, before: old, now, verdict })
 }
 
 /// Peers that both runs have, with what they cost in the middle of both.
@@ -159,26 +166,21 @@ fn corrected(run: &Run, kind: Kind, figure: Figure, ours: &str, shared: &[(Strin
     figures.filter_map(|(number, round)| Some(round.figure(figure, kind)? / drift(number))).collect()
 }
 
-fn three_places(value: f64) -> String {
-    format!("{value:.3}")
-}
-
-fn known(value: f64, as_text: fn(f64) -> String) -> String {
-    if value.is_nan() { "-".into() } else { as_text(value) }
-}
-
 /// The comparison as a table.
 pub fn show(changes: &[Change]) -> String {
     let mut rows = vec![["", "", "before", "after", "", "factor", "noise up to", ""].map(String::from).to_vec()];
     for change in changes {
+        let [after, factor, threshold] = change.now.map_or([(); 3].map(|()| "-".to_owned()), |now| {
+            [table::number(now.after), format!("{:.3}", now.factor), format!("{:.3}", now.threshold)]
+        });
         rows.push(vec![
             change.kind.name().into(),
             change.peer.clone(),
             table::number(change.before),
-            known(change.after, table::number),
+            after,
             change.figure.unit(change.kind).into(),
-            known(change.factor, three_places),
-            known(change.threshold, three_places),
+            factor,
+            threshold,
             match change.verdict {
                 Verdict::Same => "",
                 Verdict::Better => "better",

@@ -188,18 +188,9 @@ pub enum Mark {
 /// What a run came to.
 #[derive(Debug)]
 pub struct Outcome {
-    /// Connections, requests or bytes.
-    pub units: u64,
     pub elapsed: Duration,
-    /// How many of the sessions were resumed.
-    pub resumed: u64,
-    /// In µs; empty where a kind has none.
-    pub latency: Histogram<u64>,
-    /// Connections that followed one which the server had ended.
-    pub reopened: u64,
-    /// What failed, and how the first of it did.
-    pub failed: u64,
-    pub failure: Option<String>,
+    /// Of all threads.
+    pub count: Count,
 }
 
 /// An empty histogram.
@@ -207,13 +198,18 @@ pub fn histogram() -> Histogram<u64> {
     Histogram::new_with_bounds(1, LATENCY_LIMIT_US, LATENCY_DIGITS).expect("the bounds and digits are constants")
 }
 
-/// What one thread has done.
+/// What was done.
 #[derive(Debug)]
 pub struct Count {
+    /// Connections, requests or bytes.
     pub units: u64,
+    /// How many of the sessions were resumed.
     pub resumed: u64,
+    /// In µs; empty where a kind has none.
     pub latency: Histogram<u64>,
+    /// Connections that followed one which the server had ended.
     pub reopened: u64,
+    /// What failed, and how the first of it did.
     pub failed: u64,
     pub failure: Option<String>,
 }
@@ -230,6 +226,15 @@ impl Count {
     fn failed(&mut self, error: &anyhow::Error) {
         self.failed += 1;
         self.failure.get_or_insert_with(|| format!("{error:#}"));
+    }
+
+    fn add(&mut self, other: Self) -> Result<()> {
+        self.units += other.units;
+        self.resumed += other.resumed;
+        self.reopened += other.reopened;
+        self.failed += other.failed;
+        self.failure = self.failure.take().or(other.failure);
+        self.latency.add(&other.latency).context("add up latencies")
     }
 
     /// Does it again and again until the time is up.

@@ -12,7 +12,7 @@ use std::sync::Arc;
 use std::time::Duration;
 use tlsplice_bench::client::{Protection, Target, Trust};
 use tlsplice_bench::compare::Verdict;
-use tlsplice_bench::load::{self, Kind, Load, Outcome};
+use tlsplice_bench::load::{self, Count, Kind, Load, Outcome};
 use tlsplice_bench::measure::{self, Plan};
 use tlsplice_bench::peers::{Peer, Programs};
 use tlsplice_bench::plain_relay::{self, Mode};
@@ -236,11 +236,10 @@ fn perform(task: Task) -> Result<ExitCode> {
         Task::Compare(options) => {
             let (before, after) = (Run::read(&options.before)?, Run::read(&options.after)?);
             let mut changes = compare::compare(&before, &after);
+            changes.retain(|change| options.kinds.is_empty() || options.kinds.contains(&change.kind));
             if changes.iter().all(|change| change.verdict == Verdict::Missing) {
                 bail!("the two results have no row of tlsplice's in common");
             }
-            let asked = |change: &compare::Change| options.kinds.is_empty() || options.kinds.contains(&change.kind);
-            changes.retain(asked);
             for difference in compare::differences(&before, &after) {
                 eprintln!("measured differently: {difference}");
             }
@@ -365,7 +364,7 @@ fn put_load(options: &LoadOptions) -> Result<ExitCode> {
     } else {
         say(&load, &outcome);
     }
-    Ok(if outcome.failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    Ok(if outcome.count.failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
 /// A time in seconds.
@@ -378,63 +377,63 @@ fn seconds(text: &str) -> Result<Duration, String> {
 }
 
 /// Latency by its names, in µs; none where the kind has none.
-fn latencies(outcome: &Outcome) -> Vec<(&'static str, u64)> {
+fn latencies(count: &Count) -> Vec<(&'static str, u64)> {
     let quantiles = [0.5, 0.9, 0.99, 0.999, 1.0];
-    if outcome.latency.is_empty() {
+    if count.latency.is_empty() {
         return Vec::new();
     }
-    PERCENTILES.into_iter().zip(quantiles.map(|share| outcome.latency.value_at_quantile(share))).collect()
+    PERCENTILES.into_iter().zip(quantiles.map(|share| count.latency.value_at_quantile(share))).collect()
 }
 
 fn said_to_a_script(load: &Load, outcome: &Outcome) -> serde_json::Value {
-    let seconds = outcome.elapsed.as_secs_f64();
+    let (seconds, count) = (outcome.elapsed.as_secs_f64(), &outcome.count);
     let unit = match load.kind.unit() {
         load::Unit::Byte => "bytes",
         load::Unit::Connection => "connections",
         load::Unit::Request => "requests",
     };
     let latency: serde_json::Map<_, _> =
-        latencies(outcome).into_iter().map(|(name, us)| (name.to_owned(), us.into())).collect();
+        latencies(count).into_iter().map(|(name, us)| (name.to_owned(), us.into())).collect();
     serde_json::json!({
         "kind": load.kind.to_possible_value().map(|value| value.get_name().to_owned()),
         "unit": unit,
-        "units": outcome.units,
+        "units": count.units,
         "seconds": seconds,
-        "units_per_second": outcome.units as f64 / seconds,
-        "resumed": outcome.resumed,
-        "reopened": outcome.reopened,
-        "failed": outcome.failed,
-        "failure": outcome.failure,
+        "units_per_second": count.units as f64 / seconds,
+        "resumed": count.resumed,
+        "reopened": count.reopened,
+        "failed": count.failed,
+        "failure": count.failure,
         "latency_us": latency,
     })
 }
 
 fn say(load: &Load, outcome: &Outcome) {
-    let seconds = outcome.elapsed.as_secs_f64();
+    let (seconds, count) = (outcome.elapsed.as_secs_f64(), &outcome.count);
     match load.kind.unit() {
         load::Unit::Byte => {
-            let mib = outcome.units as f64 / f64::from(1 << 20);
+            let mib = count.units as f64 / f64::from(1 << 20);
             println!("{mib:.0} MiB in {seconds:.2} s: {:.1} MiB/s", mib / seconds);
         }
         load::Unit::Connection if load.kind == Kind::Idle => {
-            println!("{} connections were held for {seconds:.2} s", outcome.units);
+            println!("{} connections were held for {seconds:.2} s", count.units);
         }
         load::Unit::Connection | load::Unit::Request => {
-            println!("{} in {seconds:.2} s: {:.1} per second", outcome.units, outcome.units as f64 / seconds);
+            println!("{} in {seconds:.2} s: {:.1} per second", count.units, count.units as f64 / seconds);
         }
     }
     if load.kind == Kind::Resumed {
-        println!("{} of {} were resumed", outcome.resumed, outcome.units);
+        println!("{} of {} were resumed", count.resumed, count.units);
     }
-    let latency: Vec<String> = latencies(outcome).into_iter().map(|(name, us)| format!("{name} {us} µs")).collect();
+    let latency: Vec<String> = latencies(count).into_iter().map(|(name, us)| format!("{name} {us} µs")).collect();
     if !latency.is_empty() {
         println!("latency: {}", latency.join(", "));
     }
-    if outcome.reopened > 0 {
-        println!("{} connections were opened anew where the server had ended the last", outcome.reopened);
+    if count.reopened > 0 {
+        println!("{} connections were opened anew where the server had ended the last", count.reopened);
     }
-    if let Some(failure) = &outcome.failure {
-        println!("{} FAILED, the first of them: {failure}", outcome.failed);
+    if let Some(failure) = &count.failure {
+        println!("{} FAILED, the first of them: {failure}", count.failed);
     }
 }
 

@@ -397,12 +397,13 @@ fn measure(
     if let Some(name) = told
         && usages.iter().any(|(mark, _)| *mark == Mark::End)
     {
-        let units = outcome.as_ref().map_or(0, |outcome| if outcome.failure.is_some() { 0 } else { outcome.units });
+        let done = outcome.as_ref().ok().filter(|outcome| outcome.count.failure.is_none());
+        let units = done.map_or(0, |outcome| outcome.count.units);
         println!("COUNTED {name} {} {units}", started.peer.name());
     }
-    let outcome = outcome?;
-    if let Some(failure) = &outcome.failure {
-        bail!("{} of {} failed, the first: {failure}", outcome.failed, load.kind.name());
+    let load::Outcome { elapsed, count } = outcome?;
+    if let Some(failure) = &count.failure {
+        bail!("{} of {} failed, the first: {failure}", count.failed, load.kind.name());
     }
     let at = |mark: Mark| usages.iter().find(|(m, _)| *m == mark).map(|(_, usage)| usage);
     let (Some(before), Some(begin), Some(end)) = (at(Mark::Before), at(Mark::Begin), at(Mark::End)) else {
@@ -413,17 +414,17 @@ fn measure(
     let excess = call_ns.map_or(0.0, |(native, here)| (here - native).max(0.0) * calls as f64);
     let holds = load.kind.holds_memory();
     let per_connection = |after: u64, before: u64| (after as f64 - before as f64) / load.connections as f64;
-    let latency = &outcome.latency;
+    let latency = &count.latency;
     let percentile = |share: f64| latency.value_at_quantile(share) as f64;
     Ok(Round {
         number: None,
-        units: outcome.units,
-        seconds: outcome.elapsed.as_secs_f64(),
+        units: count.units,
+        seconds: elapsed.as_secs_f64(),
         cpu_ns: cpu.total_ns as f64 - excess,
         gross_cpu_ns: cpu.total_ns as f64,
         user_share: cpu.user_share,
         calls,
-        resumed: outcome.resumed,
+        resumed: count.resumed,
         pss_per_connection: holds.then(|| per_connection(end.pss_bytes, before.pss_bytes)),
         slab_per_connection: (load.kind == Kind::Idle).then(|| per_connection(end.slab_bytes, before.slab_bytes)),
         latency_us: (!latency.is_empty())

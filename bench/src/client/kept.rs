@@ -43,6 +43,11 @@ impl<'a> Kept<'a> {
         Ok(())
     }
 
+    /// The connection that the next request would go to.
+    pub fn into_session(self) -> Result<Session> {
+        self.session.map_or_else(|| Session::open(self.target, self.config.as_ref()), Ok)
+    }
+
     /// How many connections followed the first.
     pub fn reopened(&self) -> u64 {
         self.reopened

@@ -28,10 +28,8 @@ pub struct Repeated<'a> {
     request: Vec<u8>,
     session: Session,
     answer: Answer,
-    /// That came whole.
+    /// That came whole on this connection.
     answers: u64,
-    /// On this connection.
-    session_answers: u64,
     reopened: u64,
 }
 
@@ -46,11 +44,11 @@ impl<'a> Download<'a> {
             return session.count_only().map(Self::Endless);
         }
         let answer = Answer::default();
-        let mut repeated =
-            Repeated { target, config, request, session, answer, answers: 0, session_answers: 0, reopened: 0 };
+        let mut repeated = Repeated { target, config, request, session, answer, answers: 0, reopened: 0 };
         // A refusal is known before the work begins.
-        while repeated.answers == 0 && repeated.answer.head().is_none() {
-            repeated.receive(&mut vec![0; SCRATCH_BYTES])?;
+        let mut scratch = vec![0; SCRATCH_BYTES];
+        while repeated.reopened + repeated.answers == 0 && repeated.answer.head().is_none() {
+            repeated.receive(&mut scratch)?;
         }
         Ok(Self::Repeated(Box::new(repeated)))
     }
@@ -84,13 +82,12 @@ impl Repeated<'_> {
     fn receive(&mut self, scratch: &mut [u8]) -> Result<u64> {
         let (bytes, is_whole) = match self.session.piece_of(&mut self.answer, scratch) {
             // Ended between two answers, which is no failure unless it was the first.
-            Err(error) if error.is::<Closed>() && self.session_answers > 0 => return self.reopen().map(|()| 0),
+            Err(error) if error.is::<Closed>() && self.answers > 0 => return self.reopen().map(|()| 0),
             result => result?,
         };
         if is_whole {
             self.answer = Answer::default();
             self.answers += 1;
-            self.session_answers += 1;
             if self.session.is_over() || self.session.send(&self.request).is_err() {
                 self.reopen()?;
             }
@@ -100,7 +97,7 @@ impl Repeated<'_> {
 
     fn reopen(&mut self) -> Result<()> {
         self.session = Session::open(self.target, self.config.as_ref())?;
-        (self.session_answers, self.reopened) = (0, self.reopened + 1);
+        (self.answers, self.reopened) = (0, self.reopened + 1);
         self.session.send(&self.request)
     }
 }
@@ -109,7 +106,7 @@ impl Repeated<'_> {
 mod tests {
     use super::super::fickle::{self, End};
     use super::*;
-    use crate::load::{Kind, Outcome, run};
+    use crate::load::{Count, Kind, run};
     use std::time::Duration;
 
     #[test]
@@ -117,7 +114,7 @@ mod tests {
         let load = Load { path: Some("/x".into()), ..Load::of(Kind::Down, Duration::from_millis(200)) };
         for end in [End::Announced, End::Silent] {
             let outcome = run(&fickle::start(3, end), &load, &mut |_| Ok(())).expect("answers");
-            let Outcome { units, reopened, failure, .. } = outcome;
+            let Count { units, reopened, failure, .. } = outcome.count;
             assert!(units > 0 && reopened > 0, "{end:?}: {units} bytes, {reopened} opened anew");
             assert_eq!(failure, None, "{end:?}");
         }

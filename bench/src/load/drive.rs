@@ -4,7 +4,7 @@
 //!
 //! Between the marks nothing is set up and nothing is torn down, so what a proxy costs between them is the work alone.
 
-use super::{Count, Mark, Outcome, Window, histogram};
+use super::{Count, Mark, Outcome, Window};
 use anyhow::{Context, Result, anyhow};
 use std::sync::{Barrier, Mutex, RwLock};
 use std::time::{Duration, Instant};
@@ -64,29 +64,17 @@ pub fn drive<S>(
         let elapsed = begin.elapsed();
         let ended = begun.and_then(|()| on_mark(Mark::End));
         release.wait();
-        let mut outcome =
-            Outcome { units: 0, elapsed, resumed: 0, latency: histogram(), reopened: 0, failed: 0, failure: None };
+        let mut outcome = Outcome { elapsed, count: Count::new() };
         let mut trouble = None;
         for worker in workers {
             match worker.join().map_err(|_| anyhow!("a thread of the generator panicked")).flatten() {
-                Ok(count) => outcome.add(count)?,
+                Ok(count) => outcome.count.add(count)?,
                 Err(error) => trouble = Some(error),
             }
         }
         ended?;
         trouble.map_or(Ok(outcome), Err)
     })
-}
-
-impl Outcome {
-    fn add(&mut self, count: Count) -> Result<()> {
-        self.units += count.units;
-        self.resumed += count.resumed;
-        self.reopened += count.reopened;
-        self.failed += count.failed;
-        self.failure = self.failure.take().or(count.failure);
-        self.latency.add(&count.latency).context("add up latencies")
-    }
 }
 
 #[cfg(test)]
@@ -108,8 +96,8 @@ mod tests {
             }
             Ok(())
         });
-        let outcome = outcome.unwrap();
-        assert_eq!((outcome.units, outcome.failed, outcome.failure.as_deref()), (30, 1, Some("the second broke")));
+        let count = outcome.unwrap().count;
+        assert_eq!((count.units, count.failed, count.failure.as_deref()), (30, 1, Some("the second broke")));
         assert_eq!(marks, [Mark::Begin, Mark::End]);
     }
 

@@ -268,7 +268,8 @@ mod tests {
         let target = Target { address, name, tls: None };
         let load = Load { rate: 400.0, connections: 7, ..Load::of(Kind::OpenLoop, Duration::from_millis(1001)) };
         let outcome = run(&target, &load, &mut |_| Ok(())).expect("answers");
-        assert_eq!((outcome.units, outcome.latency.len()), (401, 401), "from 0 s to 1 s, every 2.5 ms");
-        assert_eq!((outcome.reopened, outcome.failed), (0, 0));
+        let count = outcome.count;
+        assert_eq!((count.units, count.latency.len()), (401, 401), "from 0 s to 1 s, every 2.5 ms");
+        assert_eq!((count.reopened, count.failed), (0, 0));
     }
 }

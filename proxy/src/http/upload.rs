@@ -51,13 +51,9 @@ impl Exchange {
 
     /// True when all has gone to the upstream.
     fn drain_up(&mut self, cx: &mut Context<'_>) -> bool {
-        let (client, held) = (self.near.downstream.client(), self.up.held_bytes());
+        let client = self.near.downstream.client();
         let count = |n| client.worker.counters.up_spliced.add(n as u64);
-        let drained = self.up.drain(cx, &mut self.upstream, count);
-        if self.up.held_bytes() < held {
-            client.watch.touch();
-        }
-        match drained {
+        match self.up.drain(cx, &mut self.upstream, &client.watch, count) {
             Ok(drained) => drained == Drained::Empty,
             Err(e) => {
                 self.abandon(&e);

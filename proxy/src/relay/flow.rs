@@ -8,6 +8,7 @@ use super::Spare;
 use crate::pipes::{Share, Taken};
 use crate::ring::{RingSplice, Sock};
 use crate::sys::socket;
+use crate::watch::Watch;
 use std::io;
 use std::ops::Range;
 use std::rc::Rc;
@@ -85,7 +86,7 @@ impl Flow {
     }
 
     /// Bytes on the way.
-    pub fn held_bytes(&self) -> usize {
+    fn held_bytes(&self) -> usize {
         self.spare.len() + self.in_pipe()
     }
 
@@ -151,8 +152,24 @@ impl Flow {
         Poll::Ready(result)
     }
 
-    /// Sends what is on the way; `note` is told of each splice's bytes. An error is the sink's.
-    pub fn drain(&mut self, cx: &mut Context<'_>, sink: &mut Sock, mut note: impl FnMut(usize)) -> io::Result<Drained> {
+    /// Sends what is on the way; `note` is told of each splice's bytes, and a sink that takes some renews the time. An error
+    /// is the sink's.
+    pub fn drain(
+        &mut self,
+        cx: &mut Context<'_>,
+        sink: &mut Sock,
+        watch: &Watch,
+        note: impl FnMut(usize),
+    ) -> io::Result<Drained> {
+        let held = self.held_bytes();
+        let drained = self.send_on(cx, sink, note);
+        if self.held_bytes() < held {
+            watch.touch();
+        }
+        drained
+    }
+
+    fn send_on(&mut self, cx: &mut Context<'_>, sink: &mut Sock, mut note: impl FnMut(usize)) -> io::Result<Drained> {
         if !self.spare.flush(sink)? {
             return Ok(Drained::Blocked);
         }

@@ -123,13 +123,9 @@ impl Kernel {
 
     /// True when all has gone to the upstream.
     fn drain_up(&mut self, cx: &mut Context<'_>) -> bool {
-        let (client, held) = (&self.tls.client, self.up_flow.held_bytes());
+        let client = &self.tls.client;
         let count = |n| client.worker.counters.up_spliced.add(n as u64);
-        let drained = self.up_flow.drain(cx, &mut self.upstream, count);
-        if self.up_flow.held_bytes() < held {
-            client.watch.touch();
-        }
-        match drained {
+        match self.up_flow.drain(cx, &mut self.upstream, &client.watch, count) {
             Ok(drained) => drained == Drained::Empty,
             Err(e) => {
                 // The upstream takes no more: it may still have an answer, so only this direction ends.

@@ -207,11 +207,8 @@ impl KernelTls {
 
     /// Sends what is on the way. True when all has gone to the client.
     pub fn drain(&mut self, cx: &mut Context<'_>, flow: &mut Flow) -> Result<bool, Ended> {
-        let (mut spliced, held) = (0, flow.held_bytes());
-        let drained = flow.drain(cx, &mut self.client.sock, |n| spliced += n);
-        if flow.held_bytes() < held {
-            self.client.watch.touch();
-        }
+        let mut spliced = 0;
+        let drained = flow.drain(cx, &mut self.client.sock, &self.client.watch, |n| spliced += n);
         if spliced > 0 {
             self.client.worker.counters.down_spliced.add(spliced as u64);
             self.sealed(spliced);

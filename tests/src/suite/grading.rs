@@ -60,7 +60,7 @@ impl Nginx {
             .map(|kind| format!("{kind}_temp_path {here}/{kind};"))
             .concat();
         let mut text = format!(
-            "user root; daemon off; pid {here}/pid; error_log {here}/error.log;\nevents {{}}\nhttp {{ access_log off; {temporary}\n"
+            "user root; daemon off; master_process off; pid {here}/pid; error_log {here}/error.log;\nevents {{}}\nhttp {{ access_log off; {temporary}\n"
         );
         let mut addresses = Vec::new();
         for (certificate, lines) in servers {

@@ -211,7 +211,7 @@ impl Nginx {
             .map(|kind| format!("{kind}_temp_path {here}/{kind};"))
             .concat();
         let text = format!(
-            "user root; daemon off; pid {here}/pid; error_log {here}/error.log;\nevents {{}}\nhttp {{ access_log off; {temporary}\n\
+            "user root; daemon off; master_process off; pid {here}/pid; error_log {here}/error.log;\nevents {{}}\nhttp {{ access_log off; {temporary}\n\
              client_max_body_size 0; server {{ listen {address}; root {here}/root;\n\
              location /upload {{ proxy_pass http://{behind}; proxy_http_version 1.1; proxy_request_buffering off; }} }} }}\n"
         );

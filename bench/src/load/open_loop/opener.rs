@@ -1,6 +1,6 @@
 //! Opens connections anew on a thread of its own, so that a handshake delays nobody's moment.
 
-use super::super::requests::open_session;
+use super::super::requests::warm;
 use crate::client::{Session, Sessions, Target};
 use anyhow::{Context, Result, anyhow};
 use rustix::event::{EventfdFlags, eventfd};
@@ -49,7 +49,7 @@ impl Opener {
 
     /// One that has had some requests, at once and on this thread.
     pub fn first(&self) -> Result<Session> {
-        open_session(&self.target, self.config.as_ref(), &self.request)
+        warm(&self.target, self.config.clone(), &self.request)?.into_session()
     }
 
     /// Orders a new one.
