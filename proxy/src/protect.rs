@@ -2,13 +2,15 @@
 //!
 //!   [header | explicit nonce? | ciphertext | tag]  ◀── seal ── open ──▶  [ … | plaintext | … ]
 //!
-//! rustls makes the handshake and every key; what protects a record with them is aws-lc's AEAD, called here as RFC 8446
+//! rustls makes the handshake and every key; what protects a record with them is an AEAD (aead.rs), called here as RFC 8446
 //! section 5.2, RFC 5246 section 6.2.3.3, RFC 5288 and RFC 7905 say. Against rustls' own record layer this saves two
 //! copies and an allocation for each record, and every record's content type and every change of keys is ours to see,
 //! which the door to the kernel needs. This module knows no socket.
 
+mod aead;
+
 use crate::tls::traffic::NextKey;
-use aws_lc_rs::aead::{AES_128_GCM, AES_256_GCM, Aad, CHACHA20_POLY1305, LessSafeKey, Nonce, UnboundKey};
+use aead::{Algorithm, BadMac, Key, NONCE_BYTES, TAG_BYTES};
 use rustls::{CipherSuite, ConnectionTrafficSecrets, SupportedCipherSuite};
 use std::ops::Range;
 
@@ -21,9 +23,7 @@ pub const WIRE_BYTES: usize = HEADER_BYTES + PLAIN_BYTES + 2048;
 /// The most that sealing adds to one record: header, then an explicit nonce and tag, or a content type and tag.
 pub const OVERHEAD_BYTES: usize = HEADER_BYTES + EXPLICIT_NONCE_BYTES + TAG_BYTES;
 
-const TAG_BYTES: usize = 16;
 const EXPLICIT_NONCE_BYTES: usize = 8;
-const NONCE_BYTES: usize = 12;
 
 /// Why a record cannot be opened.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -48,7 +48,7 @@ enum Form {
 
 /// One direction's key with its sequence number.
 pub struct Protection {
-    key: LessSafeKey,
+    key: Key,
     iv: [u8; NONCE_BYTES],
     sequence: u64,
     form: Form,
@@ -60,10 +60,10 @@ impl Protection {
         use ConnectionTrafficSecrets as S;
         let (algorithm, key, iv) = match secrets {
             // For TLS 1.2 rustls names both sizes so.
-            S::Aes128Gcm { key, iv } if key.as_ref().len() == 32 => (&AES_256_GCM, key, iv),
-            S::Aes128Gcm { key, iv } => (&AES_128_GCM, key, iv),
-            S::Aes256Gcm { key, iv } => (&AES_256_GCM, key, iv),
-            S::Chacha20Poly1305 { key, iv } => (&CHACHA20_POLY1305, key, iv),
+            S::Aes128Gcm { key, iv } if key.as_ref().len() == 32 => (Algorithm::Aes256Gcm, key, iv),
+            S::Aes128Gcm { key, iv } => (Algorithm::Aes128Gcm, key, iv),
+            S::Aes256Gcm { key, iv } => (Algorithm::Aes256Gcm, key, iv),
+            S::Chacha20Poly1305 { key, iv } => (Algorithm::ChaCha20Poly1305, key, iv),
             _ => return None,
         };
         let form = match suite {
@@ -71,19 +71,19 @@ impl Protection {
             SupportedCipherSuite::Tls12(_) if matches!(secrets, S::Chacha20Poly1305 { .. }) => Form::Tls12ChaCha20,
             SupportedCipherSuite::Tls12(_) => Form::Tls12Gcm,
         };
-        let key = LessSafeKey::new(UnboundKey::new(algorithm, key.as_ref()).ok()?);
+        let key = Key::new(algorithm, key.as_ref())?;
         Some(Self { key, iv: iv.as_ref().try_into().ok()?, sequence, form })
     }
 
     /// Of a key that followed another, in TLS 1.3. `None`: no such suite in any policy.
     pub fn next(suite: SupportedCipherSuite, next: &NextKey) -> Option<Self> {
         let algorithm = match suite.suite() {
-            CipherSuite::TLS13_AES_128_GCM_SHA256 => &AES_128_GCM,
-            CipherSuite::TLS13_AES_256_GCM_SHA384 => &AES_256_GCM,
-            CipherSuite::TLS13_CHACHA20_POLY1305_SHA256 => &CHACHA20_POLY1305,
+            CipherSuite::TLS13_AES_128_GCM_SHA256 => Algorithm::Aes128Gcm,
+            CipherSuite::TLS13_AES_256_GCM_SHA384 => Algorithm::Aes256Gcm,
+            CipherSuite::TLS13_CHACHA20_POLY1305_SHA256 => Algorithm::ChaCha20Poly1305,
             _ => return None,
         };
-        let key = LessSafeKey::new(UnboundKey::new(algorithm, next.key()).ok()?);
+        let key = Key::new(algorithm, next.key())?;
         Some(Self { key, iv: next.iv, sequence: 0, form: Form::Tls13 })
     }
 
@@ -139,19 +139,17 @@ impl Protection {
         let outer =
             if self.form == Form::Tls13 { crate::sys::ktls::content_type::APPLICATION_DATA } else { content_type };
         front[..HEADER_BYTES].copy_from_slice(&[outer, 3, 3, body[0], body[1]]);
-        let unique = Nonce::assume_unique_for_key(nonce);
         let sealed = match self.form {
             Form::Tls13 => {
                 text[plain] = content_type;
-                self.key.seal_in_place_separate_tag(unique, Aad::from(&*front), text)
+                self.key.seal(nonce, front, text)
             }
             Form::Tls12Gcm | Form::Tls12ChaCha20 => {
                 front[HEADER_BYTES..].copy_from_slice(&nonce[NONCE_BYTES - (head - HEADER_BYTES)..]);
-                self.key.seal_in_place_separate_tag(unique, Aad::from(self.tls12_aad(content_type, plain)), text)
+                self.key.seal(nonce, &self.tls12_aad(content_type, plain), text)
             }
         };
-        // aws-lc refuses only lengths beyond the AEAD's own, which are far beyond a record's.
-        tag.copy_from_slice(sealed.expect("a record is shorter than any AEAD's limit").as_ref());
+        tag.copy_from_slice(&sealed);
         self.sequence += 1;
         total
     }
@@ -171,16 +169,13 @@ impl Protection {
         let mut nonce = self.nonce();
         let (front, text) = record.split_at_mut(head);
         let opened = match self.form {
-            Form::Tls13 => {
-                self.key.open_in_place(Nonce::assume_unique_for_key(nonce), Aad::from(&*front), text).map(|p| p.len())
-            }
+            Form::Tls13 => self.key.open(nonce, front, text),
             Form::Tls12Gcm | Form::Tls12ChaCha20 => {
                 nonce[NONCE_BYTES - (head - HEADER_BYTES)..].copy_from_slice(&front[HEADER_BYTES..]);
-                let aad = Aad::from(self.tls12_aad(front[0], plain));
-                self.key.open_in_place(Nonce::assume_unique_for_key(nonce), aad, text).map(|p| p.len())
+                self.key.open(nonce, &self.tls12_aad(front[0], plain), text)
             }
         };
-        opened.map_err(|_| OpenError::BadMac)?;
+        opened.map_err(|BadMac| OpenError::BadMac)?;
         self.sequence += 1;
         let (content_type, len) = match self.form {
             Form::Tls13 => inner_type(&text[..plain])?,

@@ -7,6 +7,7 @@ pub mod limits;
 pub mod pipe;
 pub mod privilege;
 pub mod socket;
+pub mod wiped;
 
 use std::io;
 
