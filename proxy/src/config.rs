@@ -36,6 +36,8 @@ pub struct Config {
 pub struct Server {
     pub workers: NonZeroUsize,
     pub admin: Option<SocketAddr>,
+    /// How long a drain goes on accepting, while `/ready` says no: whoever balances has to find out first.
+    pub drain_delay: Duration,
     pub drain_timeout: Duration,
     pub splice: SpliceMode,
     /// What root becomes after start. `None`: the user `tlsplice` if there is one, else the uid stays.

@@ -5,6 +5,8 @@ pub mod certificates;
 pub mod closing;
 pub mod commands;
 pub mod counted_modes;
+pub mod counting_cost;
+pub mod counting_refused;
 pub mod door;
 pub mod drain;
 pub mod faults;
@@ -67,6 +69,8 @@ pub fn tests(env: &Environment) -> Vec<Test> {
     tests.extend(commands::tests(env));
     tests.extend(counted_modes::tests(env));
     tests.extend(kernel_metrics::tests(env));
+    tests.extend(counting_refused::tests(env));
+    tests.extend(counting_cost::tests(env));
     tests.extend(prometheus::tests(env));
     tests.extend(stalled_readers::tests(env));
     tests.extend(idle::tests(env));

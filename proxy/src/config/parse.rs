@@ -52,6 +52,8 @@ const RECORDS_PER_KEY_MIN: u64 = 64;
 /// A handshake or a connect that takes longer only holds a slot.
 const SHORT_TIMEOUTS: std::ops::RangeInclusive<Duration> = Duration::from_millis(1)..=Duration::from_secs(3600);
 const IDLE_TIMEOUTS: std::ops::RangeInclusive<Duration> = Duration::from_millis(1)..=Duration::from_secs(365 * 86_400);
+/// Who balances finds out within minutes; the certificates are not looked at meanwhile.
+const DRAIN_DELAYS: std::ops::RangeInclusive<Duration> = Duration::ZERO..=Duration::from_secs(3600);
 /// 0 cuts at once.
 const DRAIN_TIMEOUTS: std::ops::RangeInclusive<Duration> = Duration::ZERO..=Duration::from_secs(86_400);
 
@@ -134,6 +136,7 @@ fn read_server(mut section: Section<'_>, problems: &mut Problems<'_>) -> Server 
     let server = Server {
         workers: section.take_or(problems, "workers", cores, value::workers),
         admin: section.take(problems, "admin", value::socket_address).map(|(address, _)| address),
+        drain_delay: section.take_or(problems, "drain_delay", Duration::ZERO, |v| value::duration(v, DRAIN_DELAYS)),
         drain_timeout: section
             .take_or(problems, "drain_timeout", DRAIN_TIMEOUT, |v| value::duration(v, DRAIN_TIMEOUTS)),
         splice: section.take_or(problems, "splice", SpliceMode::Auto, |v| value::word(v, SPLICE, &[])),

@@ -43,7 +43,7 @@ fn the_least_file_has_every_default_of_the_contract() {
     let config = valid(LEAST);
     assert_eq!(config.server.workers, std::thread::available_parallelism().expect("known"));
     assert_eq!((config.server.admin, config.server.user), (None, None));
-    assert_eq!(config.server.drain_timeout, Duration::from_secs(30));
+    assert_eq!((config.server.drain_delay, config.server.drain_timeout), (Duration::ZERO, Duration::from_secs(30)));
     assert_eq!(config.server.splice, SpliceMode::Auto);
     assert_eq!(config.tls.policy, Policy::APlus);
     assert!(config.tls.suites.is_empty() && config.tls.groups.is_empty() && config.tls.alpn.is_empty());
@@ -66,6 +66,7 @@ fn every_key_of_this_version_is_read() {
         [server]
         workers = 3
         admin = "127.0.0.1:9145"
+        drain_delay = "20s"
         drain_timeout = "0s"
         splice = "ring"
         user = "www-data"
@@ -109,7 +110,7 @@ fn every_key_of_this_version_is_read() {
         "#,
     );
     assert_eq!((config.server.workers.get(), config.server.splice), (3, SpliceMode::Ring));
-    assert_eq!(config.server.drain_timeout, Duration::ZERO);
+    assert_eq!((config.server.drain_delay, config.server.drain_timeout), (Duration::from_secs(20), Duration::ZERO));
     assert_eq!(config.tls.suites[0], Suite(rustls::CipherSuite::TLS13_AES_128_GCM_SHA256));
     assert_eq!(config.tls.groups, [Group(rustls::NamedGroup::X25519), Group(rustls::NamedGroup::secp256r1)]);
     assert_eq!(config.tls.alpn, ["h2", "http/1.1"]);
@@ -212,7 +213,7 @@ fn a_problem_has_file_line_column_what_was_found_and_what_is_allowed() {
     );
     assert_eq!(
         said(&with("server", "wrokers = 3")),
-        "tlsplice.toml:2:1: unknown key \"wrokers\" in [server]; allowed: workers, admin, drain_timeout, splice, user"
+        "tlsplice.toml:2:1: unknown key \"wrokers\" in [server]; allowed: workers, admin, drain_delay, drain_timeout, splice, user"
     );
 }
 
@@ -232,6 +233,8 @@ fn values_out_of_range_are_refused() {
         ("server", "workers = -1"),
         ("server", "admin = \"localhost:9145\""),
         ("server", "admin = \"127.0.0.1:0\""),
+        ("server", "drain_delay = 20"),
+        ("server", "drain_delay = \"61m\""),
         ("server", "drain_timeout = 30"),
         ("server", "drain_timeout = \"30\""),
         ("server", "drain_timeout = \"-1s\""),
@@ -323,7 +326,7 @@ proptest! {
     #[test]
     fn no_key_takes_an_odd_value_with_a_panic(
         key in prop::sample::select(vec![
-            ("server", "workers"), ("server", "admin"), ("server", "drain_timeout"), ("server", "user"),
+            ("server", "workers"), ("server", "admin"), ("server", "drain_delay"), ("server", "drain_timeout"), ("server", "user"),
             ("tls", "suites"), ("tls", "groups"), ("tls", "alpn"), ("limits", "connections"),
             ("limits", "pipe_memory"), ("limits", "send_memory"), ("limits", "records_per_key"), ("[listener]", "offload_after"),
         ]),

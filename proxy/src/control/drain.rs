@@ -1,7 +1,10 @@
 //! The end: no new connections, and time for those that are there.
+//!
+//!   signal ─▶ /ready says no ─▶ [drain_delay: served as before] ─▶ listeners close ─▶ [drain_timeout] ─▶ what is left is cut
 
 use super::Signals;
 use super::start::Terminator;
+use crate::config::Server;
 use crate::exit::Failure;
 use crate::worker::{Command, Worker};
 use std::time::{Duration, Instant};
@@ -11,11 +14,30 @@ use tokio::sync::oneshot;
 const CUT_GRACE: Duration = Duration::from_secs(2);
 
 impl Terminator {
-    /// Lets the workers finish within `server.drain_timeout`; another SIGTERM or SIGINT ends it at once.
+    /// Serves for `server.drain_delay` as before, so that whoever balances finds out by `/ready`, then lets the workers finish
+    /// within `server.drain_timeout`; another SIGTERM or SIGINT ends it at once.
     pub(super) async fn drain(self, reason: &'static str, signals: &mut Signals) -> Result<(), Failure> {
-        let timeout = self.config.server.drain_timeout;
+        let Server { drain_delay: delay, drain_timeout: timeout, .. } = self.config.server;
         let counters = self.counters();
         let live = || counters.iter().map(|c| c.live.get()).fold(0, u64::wrapping_add);
+        let cut =
+            |signal: &'static str| tracing::warn!(signal, connections = live(), "a second signal, connections are cut");
+        // Where a worker has died clients wait in vain already.
+        if !delay.is_zero() && !self.workers.iter().any(Worker::is_finished) {
+            tracing::info!(
+                reason,
+                connections = live(),
+                delay_s = delay.as_secs_f64(),
+                "is not ready any more, and serves on"
+            );
+            tokio::select! {
+                () = tokio::time::sleep(delay) => {}
+                signal = signals.end() => {
+                    cut(signal);
+                    return Ok(());
+                }
+            }
+        }
         tracing::info!(reason, connections = live(), timeout_s = timeout.as_secs_f64(), "drains");
         let deadline = Instant::now() + timeout;
         for worker in &self.workers {
@@ -30,7 +52,7 @@ impl Terminator {
             () = tokio::time::sleep_until((deadline + CUT_GRACE).into()) => {
                 tracing::warn!(connections = live(), "the drain has timed out, connections are cut");
             }
-            signal = signals.end() => tracing::warn!(signal, connections = live(), "a second signal, connections are cut"),
+            signal = signals.end() => cut(signal),
         }
         Ok(())
     }

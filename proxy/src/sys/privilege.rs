@@ -117,16 +117,16 @@ pub fn become_unprivileged(user: Option<&User>) -> Result<(), PrivilegeError> {
     call("PR_SET_NO_NEW_PRIVS", unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) })
 }
 
-/// What a process that was never root has been given for its start alone: the loader's capabilities, and
-/// CAP_PERFMON beside them.
+/// What a process that was never root has been given for its start alone: the loader's capabilities, CAP_PERFMON beside
+/// them, and that a program it executes would have any.
 ///
 /// # Errors
 /// As `become_unprivileged`.
 pub fn give_back_loader_capabilities() -> Result<(), PrivilegeError> {
+    // As above; the inheritable set may be empty already.
+    let _ = caps::clear(None, CapSet::Ambient);
+    clear(CapSet::Inheritable, "inheritable set")?;
     for capability in [Capability::CAP_BPF, Capability::CAP_NET_ADMIN, Capability::CAP_PERFMON] {
-        // Old kernels have no ambient set, and the inheritable one may be empty: both are then as wanted.
-        let _ = caps::drop(None, CapSet::Ambient, capability);
-        let _ = caps::drop(None, CapSet::Inheritable, capability);
         for (name, which) in [("effective set", CapSet::Effective), ("permitted set", CapSet::Permitted)] {
             if caps::has_cap(None, which, capability).unwrap_or(false) {
                 caps::drop(None, which, capability)

@@ -1,5 +1,5 @@
-//! SIGTERM: nobody whose SYN was answered sees a reset, what is under way comes to its end, and what does not is cut at
-//! the deadline.
+//! SIGTERM: whoever balances finds out before the port closes, nobody whose SYN was answered sees a reset, what is under
+//! way comes to its end, and what does not is cut at the deadline.
 
 use super::kernel_metrics::{Pins, pinned};
 use crate::client::handshake::{Offer, TLS12_AES_128, TLS13_AES_128, TLS13_AES_256};
@@ -24,6 +24,8 @@ pub fn tests(env: &Environment) -> Vec<Test> {
     add("a_storm_of_clients_sees_no_reset_when_it_drains", storm);
     add("a_transfer_under_way_ends_whole_while_it_drains", transfer_under_way);
     add("a_connection_that_outlives_the_drain_is_cut_at_its_deadline", deadline);
+    add("it_serves_until_the_balancer_knows_that_it_goes", delayed);
+    add("a_second_signal_ends_the_delay_of_a_drain_too", delay_cut);
     add("sigint_drains_too", sigint);
     if env.counts_in_kernel() {
         // Where it does not, nothing is kept.
@@ -154,6 +156,51 @@ fn deadline(ctx: &Context, relay: Relay) -> Result<()> {
         let (_, end) = stream.drain(Pattern::up(), 20_000)?;
         ensure!(end == PeerEnd::Reset, "the upstream saw {end:?}");
     }
+    Ok(())
+}
+
+/// Until it says 503.
+fn not_ready(ctx: &Context, setup: &Setup) -> Result<()> {
+    let deadline = Instant::now() + ctx.environment.patience();
+    loop {
+        let (status, body) = crate::scrape::http_get(setup.proxy.settings.admin, "/ready")?;
+        if status == 503 {
+            ensure!(body.contains("draining"), "/ready says {body:?}");
+            return Ok(());
+        }
+        ensure!(Instant::now() < deadline, "it was told to end and says that it is ready");
+        thread::sleep(Duration::from_millis(10));
+    }
+}
+
+fn delayed(ctx: &Context, relay: Relay) -> Result<()> {
+    let delay = Duration::from_secs(ctx.environment.scale(3, 20));
+    let upstream = Upstream::serve(&ctx.environment, Kind::V4, serve)?;
+    let line = format!("drain_delay = \"{}s\"", delay.as_secs());
+    let setup = Setup::with(ctx, relay, &[0], upstream, |s| s.server(&line))?;
+    let told = Instant::now();
+    setup.proxy.signal(Signal::TERM)?;
+    not_ready(ctx, &setup)?;
+    setup.transfer(ctx, 0, TLS13_AES_128, &Plan::new(1_000, 1_000))?;
+    let deadline = told + delay + ctx.environment.patience();
+    while TcpStream::connect(setup.proxy.address(0)).is_ok() {
+        ensure!(Instant::now() < deadline, "it still listens");
+        thread::sleep(Duration::from_millis(20));
+    }
+    ensure!(told.elapsed() >= delay, "it listened for {:?} only", told.elapsed());
+    let Setup { proxy, .. } = setup;
+    ends(ctx, proxy, ctx.environment.patience()).map(drop)
+}
+
+fn delay_cut(ctx: &Context, relay: Relay) -> Result<()> {
+    let upstream = Upstream::serve(&ctx.environment, Kind::V4, serve)?;
+    let setup = Setup::with(ctx, relay, &[0], upstream, |s| s.server("drain_delay = \"1h\""))?;
+    setup.proxy.signal(Signal::TERM)?;
+    not_ready(ctx, &setup)?;
+    setup.proxy.signal(Signal::INT)?;
+    let Setup { proxy, .. } = setup;
+    let log = ends(ctx, proxy, ctx.environment.patience())?;
+    ensure!(log.contains("a second signal"), "the log does not say why: {log}");
     Ok(())
 }
 

@@ -5,7 +5,7 @@ use crate::environment::{Environment, Kernel, Relay};
 use crate::process::free_port;
 use crate::proxy::{PATIENT_HANDSHAKE, Proxy, Settings, loopback};
 use crate::run::{Context, Test};
-use crate::scrape::{Metrics, Threads};
+use crate::scrape::Metrics;
 use anyhow::{Context as _, Result, bail, ensure};
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 use std::fs;
@@ -17,22 +17,13 @@ use std::time::{Duration, Instant};
 
 pub fn tests(env: &Environment) -> Vec<Test> {
     if !env.counts_in_kernel() {
-        return vec![
-            Test::new(env, "without_bpffs_or_capabilities_it_serves_and_says_so", without),
-            Test::new(env, "a_kernel_without_storages_of_sockets_is_no_obstacle", no_storages),
-        ];
+        return Vec::new();
     }
     let mut tests = Test::each_relay(env, "kernel_counts_equal_what_was_sent_to_the_byte", exact);
     let limit = env.scale(Duration::from_secs(240), Duration::from_secs(900));
     tests.push(Test::new(env, "kernel_counts_outlive_a_killed_tlsplice", killed));
     tests.push(Test::new(env, "a_new_program_takes_over_in_a_storm_without_a_loss", replaced));
-    tests.push(Test::new(env, "a_second_tlsplice_takes_no_counting_from_one_in_another_cgroup", counted_elsewhere));
     tests.push(Test::new(env, "server_names_of_a_hostile_client_take_no_memory", names));
-    tests.push(Test::new(env, "without_bpffs_or_capabilities_it_serves_and_says_so", without));
-    if !env.is_guest() {
-        // Times under emulation mean nothing.
-        tests.push(Test::new(env, "what_counting_in_the_kernel_costs_is_told", cost));
-    }
     if env.offload {
         tests.push(Test::new(env, "a_long_splice_is_counted_to_the_byte", long_splice));
     }
@@ -40,7 +31,7 @@ pub fn tests(env: &Environment) -> Vec<Test> {
     tests
 }
 
-fn default_relay(ctx: &Context) -> Relay {
+pub fn default_relay(ctx: &Context) -> Relay {
     ctx.environment.relays()[0]
 }
 
@@ -110,7 +101,7 @@ pub fn figures(metrics: &Metrics, side: &str) -> [u64; 3] {
 }
 
 /// Mixed sizes: many small ones, some that go through the door.
-fn sizes(random: &mut crate::pattern::Random) -> (u64, u64) {
+pub fn sizes(random: &mut crate::pattern::Random) -> (u64, u64) {
     let size = |random: &mut crate::pattern::Random| match random.range(0, 9) {
         0 => 0,
         1..=5 => random.range(1, 4_000),
@@ -264,54 +255,8 @@ fn killed(ctx: &Context) -> Result<()> {
     Ok(())
 }
 
-/// A cgroup as systemd would give a service of its own.
-struct Service(PathBuf);
-
-impl Service {
-    fn make(ctx: &Context) -> Result<Self> {
-        let mounts = fs::read_to_string("/proc/self/mounts")?;
-        let is_v2 = |line: &&str| line.split(' ').nth(2) == Some("cgroup2");
-        let mount = mounts.lines().find(is_v2).and_then(|line| line.split(' ').nth(1)).context("no cgroup2")?;
-        let folder = Path::new(mount).join(format!("{}.service", ctx.test()));
-        fs::create_dir_all(&folder).with_context(|| format!("make {}", folder.display()))?;
-        Ok(Self(folder))
-    }
-}
-
-impl Drop for Service {
-    fn drop(&mut self) {
-        let _ = fs::remove_dir(&self.0);
-    }
-}
-
-fn counted_elsewhere(ctx: &Context) -> Result<()> {
-    let pins = Pins::mount(ctx)?;
-    let service = Service::make(ctx)?;
-    let truth = Arc::new(Truth::default());
-    let server = Server::start(truth.clone())?;
-    let settings = || -> Result<Settings> {
-        let mut settings = Settings::new(ctx, default_relay(ctx))?.listen(50_000, &server.address.to_string())?;
-        pins.settings(&mut settings);
-        Ok(settings)
-    };
-    let join = "echo $$ >\"$1/cgroup.procs\" && shift 2 && exec \"$@\"";
-    let folder = service.0.display().to_string();
-    let first = Proxy::start_as(ctx, settings()?, &["sh", "-c", join, "sh", &folder])?;
-    let second = settings()?;
-    let Err(refused) = Proxy::start(ctx, second.clone()) else { bail!("a second one took the counting away") };
-    ensure!(format!("{refused:#}").contains("a metrics.pins of its own"), "{refused:#}");
-    let config = client_config(ctx)?;
-    storm(1, 20, |_, random| connect(&config, first.address(0), &truth, Kind::Clean, sizes(random)))?;
-    let counted = figures(&all_closed(ctx, || first.metrics())?, "client");
-    ensure!(counted == truth.client.figures(), "{counted:?} counted, {:?} sent", truth.client.figures());
-    proxy_gone(ctx, first, &pins)?;
-    // The cgroup is still there, and nobody is in it any more.
-    let second = Proxy::start(ctx, second)?;
-    proxy_gone(ctx, second, &pins).map(drop)
-}
-
 /// What the pins say after it has ended in order.
-fn proxy_gone(ctx: &Context, mut proxy: Proxy, pins: &Pins) -> Result<Metrics> {
+pub fn proxy_gone(ctx: &Context, mut proxy: Proxy, pins: &Pins) -> Result<Metrics> {
     proxy.signal(rustix::process::Signal::TERM)?;
     let status = proxy.wait_exit()?;
     proxy.check_end(status)?;
@@ -405,89 +350,6 @@ fn names(ctx: &Context) -> Result<()> {
     proxy.finish(ctx).map(drop)
 }
 
-fn without(ctx: &Context) -> Result<()> {
-    let truth = Arc::new(Truth::default());
-    let server = Server::start(truth.clone())?;
-    let config = client_config(ctx)?;
-    let settings = || Settings::new(ctx, default_relay(ctx))?.listen(50_000, &server.address.to_string());
-    let nowhere = ctx.environment.tmp.join("no-bpffs");
-    fs::create_dir_all(&nowhere)?;
-    let mut lacking = settings()?;
-    lacking.metrics = vec![format!("pins = {:?}", nowhere.join("tlsplice").display().to_string())];
-    let proxy = Proxy::start(ctx, lacking.clone())?;
-    connect(&config, proxy.address(0), &truth, Kind::Clean, (1_000, 2_000))?;
-    let metrics = proxy.settled()?;
-    let user = |side: &str| metrics.sum("tlsplice_connections_opened_total", &[("side", side), ("source", "user")]);
-    ensure!(
-        (user("client"), user("upstream")) == (1, 1),
-        "user space counts {} and {}",
-        user("client"),
-        user("upstream")
-    );
-    let said = proxy.log().lines().filter(|line| line.contains("mount -t bpf")).count();
-    ensure!(said == 1, "it says {said} times how to mount a bpf file system: {}", proxy.log_tail());
-    proxy.finish(ctx)?;
-    lacking.metrics.push("kernel = \"require\"".into());
-    let file = ctx.environment.tmp.join("require.toml");
-    fs::write(&file, lacking.text())?;
-    let output = Command::new(&ctx.environment.bin).arg("run").arg("--config").arg(&file).output()?;
-    let words = String::from_utf8_lossy(&output.stderr);
-    ensure!(output.status.code() == Some(3) && words.contains("mount -t bpf"), "{}: {words}", output.status);
-    let output = Command::new(&ctx.environment.bin).args(["metrics", "--pins"]).arg(&nowhere).output()?;
-    ensure!(output.status.code() == Some(3), "metrics without maps: {}", output.status);
-    // A kernel that cannot count at all has other things to say first.
-    if !ctx.environment.counts_in_kernel() {
-        return Ok(());
-    }
-    without_capabilities(ctx, settings()?, &config, &truth)
-}
-
-/// A root that may not load programs, as in a container.
-fn without_capabilities(
-    ctx: &Context,
-    mut settings: Settings,
-    config: &Arc<rustls::ClientConfig>,
-    truth: &Truth,
-) -> Result<()> {
-    let pins = Pins::mount(ctx)?;
-    pins.settings(&mut settings);
-    settings.metrics.remove(0);
-    let proxy = Proxy::start_as(ctx, settings, &["setpriv", "--bounding-set=-bpf,-sys_admin,-net_admin,-perfmon"])?;
-    connect(config, proxy.address(0), truth, Kind::Clean, (1_000, 2_000))?;
-    proxy.settled()?;
-    let said = proxy.log().lines().filter(|line| line.contains("CAP_BPF")).count();
-    ensure!(said == 1, "it says {said} times that CAP_BPF is missing: {}", proxy.log_tail());
-    proxy.finish(ctx)?;
-    let output = Command::new("setpriv")
-        .args(["--bounding-set=-bpf,-sys_admin,-net_admin,-perfmon", "--"])
-        .arg(&ctx.environment.bin)
-        .arg("doctor")
-        .output()?;
-    let words = String::from_utf8_lossy(&output.stdout);
-    let at = words.find("kernel metrics").context("doctor says nothing of kernel metrics")?;
-    ensure!(words[at..].contains("mend:"), "doctor has no mend: {}", &words[at..]);
-    ctx.note(words[at..].lines().take(2).collect::<Vec<_>>().join(" ").trim());
-    Ok(())
-}
-
-/// The maps can be made here, and nothing kept with a socket.
-fn no_storages(ctx: &Context) -> Result<()> {
-    let pins = Pins::mount(ctx)?;
-    let truth = Arc::new(Truth::default());
-    let server = Server::start(truth.clone())?;
-    let mut settings = Settings::new(ctx, default_relay(ctx))?.listen(50_000, &server.address.to_string())?;
-    pins.settings(&mut settings);
-    settings.metrics.remove(0);
-    let proxy = Proxy::start(ctx, settings)?;
-    connect(&client_config(ctx)?, proxy.address(0), &truth, Kind::Clean, (1_000, 2_000))?;
-    let metrics = proxy.settled()?;
-    let user = metrics.sum("tlsplice_connections_opened_total", &[("side", "client"), ("source", "user")]);
-    ensure!(user == 1, "user space counts {user}");
-    let said = proxy.log().lines().filter(|line| line.contains("label a socket")).count();
-    ensure!(said == 1, "it says {said} times what is in the way: {}", proxy.log_tail());
-    proxy.finish(ctx).map(drop)
-}
-
 fn long_splice(ctx: &Context) -> Result<()> {
     let pins = Pins::mount(ctx)?;
     let truth = Arc::new(Truth::default());
@@ -511,119 +373,4 @@ fn long_splice(ctx: &Context) -> Result<()> {
         figures(&metrics, "client")
     ));
     proxy.finish(ctx).map(drop)
-}
-
-/// Pairs of a run without counting and one with it, each compared within itself.
-const COST_PAIRS: usize = 9;
-/// Far above what was ever measured (7 %), and below what a mistake in the program would cost: this machine may be busy.
-const COST_LIMIT: f64 = 1.5;
-
-/// CPU of tlsplice.
-#[derive(Default)]
-struct Spent {
-    /// For each connection of a storm, in nanoseconds.
-    connection: Vec<u64>,
-    /// For each MiB of one long download, in nanoseconds.
-    mebibyte: Vec<u64>,
-}
-
-fn cost(ctx: &Context) -> Result<()> {
-    let pins = Pins::mount(ctx)?;
-    let truth = Arc::new(Truth::default());
-    let server = Server::start(truth.clone())?;
-    let config = client_config(ctx)?;
-    let (count, mebibytes) = (1_000, 256);
-    let (mut without, mut with, mut runs) = (Spent::default(), Spent::default(), None);
-    for run in 0..2 * COST_PAIRS {
-        let mut settings = Settings::new(ctx, default_relay(ctx))?.listen(50_000, &server.address.to_string())?;
-        let spent = if run % 2 == 1 { &mut with } else { &mut without };
-        if run % 2 == 1 {
-            pins.settings(&mut settings);
-        }
-        let proxy = Proxy::start(ctx, settings)?;
-        let spent_since =
-            |before: &Threads| -> Result<u64> { Ok(Threads::of(proxy.pid())?.cpu_since(before).as_nanos() as u64) };
-        let storm = |count| -> Result<u64> {
-            let before = Threads::of(proxy.pid())?;
-            storm(4, count, |_, random| {
-                let sizes = (random.range(1, 4_000), random.range(1, 4_000));
-                connect(&config, proxy.address(0), &truth, Kind::Clean, sizes)
-            })?;
-            proxy.settled()?;
-            spent_since(&before)
-        };
-        storm(50)?;
-        spent.connection.push(storm(count)? / count);
-        let before = Threads::of(proxy.pid())?;
-        connect(&config, proxy.address(0), &truth, Kind::Clean, (0, mebibytes << 20))?;
-        spent.mebibyte.push(spent_since(&before)? / mebibytes);
-        if run == 2 * COST_PAIRS - 1 {
-            runs = program_runs(ctx, &pins, || storm(count).map(drop))?;
-        }
-        proxy.finish(ctx)?;
-    }
-    let (ratio, storm) = compared(&without.connection, &with.connection);
-    let (bulk_ratio, bulk) = compared(&without.mebibyte, &with.mebibyte);
-    let (each, ns) = runs.map_or((0.0, 0.0), |(n, seconds)| (n / count as f64, seconds / n * 1e9));
-    ctx.note(&format!(
-        "CPU of tlsplice, {COST_PAIRS} pairs: a connection {storm}; a MiB of bulk {bulk}; bpf_stats: {each:.1} runs a connection, {ns:.0} ns each"
-    ));
-    ensure!(
-        ratio < COST_LIMIT && bulk_ratio < COST_LIMIT,
-        "counting costs {ratio:.2} and {bulk_ratio:.2} times as much"
-    );
-    Ok(())
-}
-
-/// How many times as much it is with counting: the median of the pairs' ratios, and all of it in words.
-fn compared(without: &[u64], with: &[u64]) -> (f64, String) {
-    let middle = |series: &[u64]| {
-        let mut sorted = series.to_vec();
-        sorted.sort_unstable();
-        sorted[sorted.len() / 2]
-    };
-    let mut ratios: Vec<f64> = without.iter().zip(with).map(|(off, on)| *on as f64 / *off as f64).collect();
-    ratios.sort_unstable_by(f64::total_cmp);
-    let ratio = ratios[ratios.len() / 2];
-    let percent = |ratio: f64| 100.0 * (ratio - 1.0);
-    let said = format!(
-        "{} ns without, {} ns with ({:+.1} %; {:+.1} to {:+.1})",
-        middle(without),
-        middle(with),
-        percent(ratio),
-        percent(ratios[0]),
-        percent(ratios[ratios.len() - 1])
-    );
-    (ratio, said)
-}
-
-/// How often the program runs in this load and for how many seconds; `None` where the kernel tells of no runs.
-fn program_runs(ctx: &Context, pins: &Pins, load: impl FnOnce() -> Result<()>) -> Result<Option<(f64, f64)>> {
-    let stats = Path::new("/proc/sys/kernel/bpf_stats_enabled");
-    if fs::write(stats, "1").is_err() {
-        return Ok(None);
-    }
-    let fetch = || -> Result<[f64; 2]> {
-        let text = pinned_text(ctx, &pins.folder())?;
-        Ok(["tlsplice_ebpf_runs_total", "tlsplice_ebpf_run_seconds_total"].map(|name| float(&text, name)))
-    };
-    let then = fetch()?;
-    let loaded = load();
-    let now = fetch()?;
-    let _ = fs::write(stats, "0");
-    loaded?;
-    ensure!(now[0] > then[0], "the program has not run: {now:?}");
-    Ok(Some((now[0] - then[0], now[1] - then[1])))
-}
-
-fn pinned_text(ctx: &Context, pins: &Path) -> Result<String> {
-    let output = Command::new(&ctx.environment.bin).arg("metrics").arg("--pins").arg(pins).output()?;
-    ensure!(output.status.success(), "tlsplice metrics: {}", output.status);
-    Ok(String::from_utf8(output.stdout)?)
-}
-
-/// The value of a sample without labels; 0 if there is none.
-fn float(text: &str, name: &str) -> f64 {
-    let line = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
-    line.and_then(|value| value.parse().ok()).unwrap_or(0.0)
 }
