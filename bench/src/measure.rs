@@ -432,29 +432,22 @@ fn measure(
     })
 }
 
+/// What seals a buffer, by one of two libraries that have the same interface and no trait for it.
+macro_rules! sealer {
+    ($library:ident) => {{
+        use $library::aead::{AES_256_GCM, Aad, LessSafeKey, Nonce, UnboundKey};
+        let key = UnboundKey::new(&AES_256_GCM, &[7; 32]).map_err(|_| anyhow::anyhow!("make a key"))?;
+        let key = LessSafeKey::new(key);
+        move |buffer: &mut [u8]| {
+            let nonce = Nonce::assume_unique_for_key([0; 12]);
+            key.seal_in_place_separate_tag(nonce, Aad::empty(), buffer).map(std::hint::black_box).is_ok()
+        }
+    }};
+}
+
 /// AES-256-GCM in place, by the faster of the libraries that tlsplice takes, each where it is.
 fn cipher_seconds_per_gib() -> Result<f64> {
-    Ok(aws_lc_seconds_per_gib()?.min(ring_seconds_per_gib()?))
-}
-
-fn aws_lc_seconds_per_gib() -> Result<f64> {
-    use aws_lc_rs::aead::{AES_256_GCM, Aad, LessSafeKey, Nonce, UnboundKey};
-    let key = UnboundKey::new(&AES_256_GCM, &[7; 32]).map_err(|_| anyhow::anyhow!("make a key"))?;
-    let key = LessSafeKey::new(key);
-    seconds_per_gib(|buffer| {
-        let nonce = Nonce::assume_unique_for_key([0; 12]);
-        key.seal_in_place_separate_tag(nonce, Aad::empty(), buffer).map(std::hint::black_box).is_ok()
-    })
-}
-
-fn ring_seconds_per_gib() -> Result<f64> {
-    use ring::aead::{AES_256_GCM, Aad, LessSafeKey, Nonce, UnboundKey};
-    let key = UnboundKey::new(&AES_256_GCM, &[7; 32]).map_err(|_| anyhow::anyhow!("make a key"))?;
-    let key = LessSafeKey::new(key);
-    seconds_per_gib(|buffer| {
-        let nonce = Nonce::assume_unique_for_key([0; 12]);
-        key.seal_in_place_separate_tag(nonce, Aad::empty(), buffer).map(std::hint::black_box).is_ok()
-    })
+    Ok(seconds_per_gib(sealer!(aws_lc_rs))?.min(seconds_per_gib(sealer!(ring))?))
 }
 
 fn seconds_per_gib(mut seal: impl FnMut(&mut [u8]) -> bool) -> Result<f64> {

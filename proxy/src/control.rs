@@ -129,7 +129,7 @@ impl Terminator {
                 _ = look_after.tick() => {
                     admin.keep();
                     self.drop_ended_staples();
-                    if self.workers.iter().any(Worker::is_finished) {
+                    if self.has_lost_a_worker() {
                         // The others still have connections; whoever started this process starts it again.
                         break Err("a worker has died");
                     }
@@ -150,6 +150,10 @@ impl Terminator {
         admin.keep();
         drained?;
         Ok(value)
+    }
+
+    fn has_lost_a_worker(&self) -> bool {
+        self.workers.iter().any(Worker::is_finished)
     }
 
     fn serve_admin(&mut self, admin: &Arc<Admin>) {

@@ -22,8 +22,8 @@ impl Terminator {
         let live = || counters.iter().map(|c| c.live.get()).fold(0, u64::wrapping_add);
         let cut =
             |signal: &'static str| tracing::warn!(signal, connections = live(), "a second signal, connections are cut");
-        // Where a worker has died clients wait in vain already.
-        if !delay.is_zero() && !self.workers.iter().any(Worker::is_finished) {
+        // A worker that has died takes nobody: clients of its listeners wait in vain already.
+        if !delay.is_zero() && !self.has_lost_a_worker() {
             tracing::info!(
                 reason,
                 connections = live(),

@@ -103,9 +103,7 @@ pub fn become_unprivileged(user: Option<&User>) -> Result<(), PrivilegeError> {
     if let Some(user) = user {
         change_user(user)?;
     }
-    // Old kernels have no ambient set to clear; the inheritable set is empty then all the same.
-    let _ = caps::clear(None, CapSet::Ambient);
-    clear(CapSet::Inheritable, "inheritable set")?;
+    leave_nothing_to_programs()?;
     let mut only = CapsHashSet::new();
     if kept {
         only.insert(Capability::CAP_NET_BIND_SERVICE);
@@ -123,9 +121,7 @@ pub fn become_unprivileged(user: Option<&User>) -> Result<(), PrivilegeError> {
 /// # Errors
 /// As `become_unprivileged`.
 pub fn give_back_loader_capabilities() -> Result<(), PrivilegeError> {
-    // As above; the inheritable set may be empty already.
-    let _ = caps::clear(None, CapSet::Ambient);
-    clear(CapSet::Inheritable, "inheritable set")?;
+    leave_nothing_to_programs()?;
     for capability in [Capability::CAP_BPF, Capability::CAP_NET_ADMIN, Capability::CAP_PERFMON] {
         for (name, which) in [("effective set", CapSet::Effective), ("permitted set", CapSet::Permitted)] {
             if caps::has_cap(None, which, capability).unwrap_or(false) {
@@ -135,6 +131,17 @@ pub fn give_back_loader_capabilities() -> Result<(), PrivilegeError> {
         }
     }
     Ok(())
+}
+
+/// What a program that is executed would have.
+fn leave_nothing_to_programs() -> Result<(), PrivilegeError> {
+    // Old kernels have no ambient set to clear; the inheritable set is empty then all the same.
+    let _ = caps::clear(None, CapSet::Ambient);
+    // A filter of system calls may refuse capset(2): no reason to end if there is nothing to clear.
+    match caps::read(None, CapSet::Inheritable) {
+        Ok(inheritable) if inheritable.is_empty() => Ok(()),
+        Ok(_) | Err(_) => clear(CapSet::Inheritable, "inheritable set"),
+    }
 }
 
 fn change_user(user: &User) -> Result<(), PrivilegeError> {

@@ -23,9 +23,13 @@ impl<T> Wiped<T> {
 
 impl<T> Drop for Wiped<T> {
     fn drop(&mut self) {
-        // SAFETY: the memory is this value's own; nothing reads it as a `T` any more, nor has `T` a destructor.
-        unsafe { zeroize::zeroize_flat_type(self.0.as_mut_ptr()) };
+        wipe(&mut self.0);
     }
+}
+
+fn wipe<T>(value: &mut MaybeUninit<T>) {
+    // SAFETY: the memory is this value's own, and a `MaybeUninit` may hold anything: it has no destructor and promises no `T`.
+    unsafe { zeroize::zeroize_flat_type(value.as_mut_ptr()) };
 }
 
 #[cfg(test)]
@@ -33,8 +37,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_was_put_in_is_there() {
-        let key = Wiped::new([7u8; 32]);
+    fn what_was_put_in_is_there_until_it_is_wiped() {
+        let mut key = Wiped::new([7u8; 32]);
         assert_eq!(key.get(), &[7; 32]);
+        wipe(&mut key.0);
+        assert_eq!(key.get(), &[0; 32]);
     }
 }

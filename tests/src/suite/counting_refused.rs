@@ -62,13 +62,8 @@ fn counted_elsewhere(ctx: &Context) -> Result<()> {
     let service = Service::make(ctx)?;
     let truth = Arc::new(Truth::default());
     let server = Server::start(truth.clone())?;
-    let settings = || -> Result<Settings> {
-        let mut settings = Settings::new(ctx, default_relay(ctx))?.listen(50_000, &server.address.to_string())?;
-        pins.settings(&mut settings);
-        Ok(settings)
-    };
-    let first = service.start(ctx, settings()?, &["setpriv"])?;
-    let second = settings()?;
+    let first = service.start(ctx, pins.counting(ctx, &server)?, &["setpriv"])?;
+    let second = pins.counting(ctx, &server)?;
     let Err(refused) = Proxy::start(ctx, second.clone()) else { bail!("a second one took the counting away") };
     ensure!(format!("{refused:#}").contains("a metrics.pins of its own"), "{refused:#}");
     let config = client_config(ctx)?;
@@ -92,9 +87,8 @@ fn as_the_unit(ctx: &Context) -> Result<()> {
     let server = Server::start(truth.clone())?;
     let config = client_config(ctx)?;
     let nobody = Nobody::find()?;
-    let mut settings = Settings::new(ctx, default_relay(ctx))?.listen(50_000, &server.address.to_string())?;
+    let mut settings = pins.counting(ctx, &server)?;
     settings.certificates = nobody.certificates(ctx)?;
-    pins.settings(&mut settings);
     let (user, group) = (format!("--reuid={}", nobody.uid), format!("--regid={}", nobody.gid));
     let (inherited, ambient) = (format!("--inh-caps={KEPT}"), format!("--ambient-caps={KEPT}"));
     let bounds = format!("--bounding-set=-all,{KEPT}");
@@ -193,8 +187,7 @@ fn no_storages(ctx: &Context) -> Result<()> {
     let pins = Pins::mount(ctx)?;
     let truth = Arc::new(Truth::default());
     let server = Server::start(truth.clone())?;
-    let mut settings = Settings::new(ctx, default_relay(ctx))?.listen(50_000, &server.address.to_string())?;
-    pins.settings(&mut settings);
+    let mut settings = pins.counting(ctx, &server)?;
     settings.metrics.remove(0);
     let proxy = Proxy::start(ctx, settings)?;
     connect(&client_config(ctx)?, proxy.address(0), &truth, Kind::Clean, (1_000, 2_000))?;

@@ -113,11 +113,7 @@ fn transfer_under_way(ctx: &Context, relay: Relay) -> Result<()> {
         }
     }
     setup.proxy.signal(Signal::TERM)?;
-    let deadline = Instant::now() + ctx.environment.patience();
-    while TcpStream::connect(setup.proxy.address(0)).is_ok() {
-        ensure!(Instant::now() < deadline, "it still listens");
-        thread::sleep(Duration::from_millis(20));
-    }
+    listens_no_more(ctx, &setup)?;
     // Nor is it ready any more; whether it still says so is its own affair.
     let ready = crate::scrape::http_get(setup.proxy.settings.admin, "/ready");
     ensure!(!ready.is_ok_and(|(status, _)| status == 200), "it drains and says that it is ready");
@@ -159,6 +155,16 @@ fn deadline(ctx: &Context, relay: Relay) -> Result<()> {
     Ok(())
 }
 
+/// Until nobody can connect any more.
+fn listens_no_more(ctx: &Context, setup: &Setup) -> Result<()> {
+    let deadline = Instant::now() + ctx.environment.patience();
+    while TcpStream::connect(setup.proxy.address(0)).is_ok() {
+        ensure!(Instant::now() < deadline, "it still listens");
+        thread::sleep(Duration::from_millis(20));
+    }
+    Ok(())
+}
+
 /// Until it says 503.
 fn not_ready(ctx: &Context, setup: &Setup) -> Result<()> {
     let deadline = Instant::now() + ctx.environment.patience();
@@ -182,11 +188,7 @@ fn delayed(ctx: &Context, relay: Relay) -> Result<()> {
     setup.proxy.signal(Signal::TERM)?;
     not_ready(ctx, &setup)?;
     setup.transfer(ctx, 0, TLS13_AES_128, &Plan::new(1_000, 1_000))?;
-    let deadline = told + delay + ctx.environment.patience();
-    while TcpStream::connect(setup.proxy.address(0)).is_ok() {
-        ensure!(Instant::now() < deadline, "it still listens");
-        thread::sleep(Duration::from_millis(20));
-    }
+    listens_no_more(ctx, &setup)?;
     ensure!(told.elapsed() >= delay, "it listened for {:?} only", told.elapsed());
     let Setup { proxy, .. } = setup;
     ends(ctx, proxy, ctx.environment.patience()).map(drop)

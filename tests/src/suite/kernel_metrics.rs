@@ -52,6 +52,13 @@ impl Pins {
     }
 
     /// The lines of `[metrics]`.
+    /// One listener in front of `server`, counted here.
+    pub fn counting(&self, ctx: &Context, server: &Server) -> Result<Settings> {
+        let mut settings = Settings::new(ctx, default_relay(ctx))?.listen(50_000, &server.address.to_string())?;
+        self.settings(&mut settings);
+        Ok(settings)
+    }
+
     pub fn settings(&self, settings: &mut Settings) {
         settings.metrics =
             vec!["kernel = \"require\"".into(), format!("pins = {:?}", self.folder().display().to_string())];
@@ -267,12 +274,7 @@ fn replaced(ctx: &Context) -> Result<()> {
     let pins = Pins::mount(ctx)?;
     let truth = Arc::new(Truth::default());
     let server = Server::start(truth.clone())?;
-    let setting = || -> Result<Settings> {
-        let mut settings = Settings::new(ctx, default_relay(ctx))?.listen(50_000, &server.address.to_string())?;
-        pins.settings(&mut settings);
-        Ok(settings)
-    };
-    let mut proxy = Proxy::start(ctx, setting()?)?;
+    let mut proxy = Proxy::start(ctx, pins.counting(ctx, &server)?)?;
     // Each that starts tries what this kernel's TLS can do.
     proxy.beside_others();
     let config = client_config(ctx)?;
@@ -290,7 +292,7 @@ fn replaced(ctx: &Context) -> Result<()> {
         // Each start puts its own program into the link that is pinned.
         let mut programs = 0;
         while !done.load(Relaxed) && programs < 20 {
-            let mut next = Proxy::start(ctx, setting()?)?;
+            let mut next = Proxy::start(ctx, pins.counting(ctx, &server)?)?;
             next.signal(rustix::process::Signal::TERM)?;
             next.wait_exit()?;
             programs += 1;
@@ -313,9 +315,7 @@ fn names(ctx: &Context) -> Result<()> {
     let pins = Pins::mount(ctx)?;
     let truth = Arc::new(Truth::default());
     let server = Server::start(truth.clone())?;
-    let mut settings = Settings::new(ctx, default_relay(ctx))?.listen(50_000, &server.address.to_string())?;
-    pins.settings(&mut settings);
-    let proxy = Proxy::start(ctx, settings)?;
+    let proxy = Proxy::start(ctx, pins.counting(ctx, &server)?)?;
     let mut config = client_config(ctx)?;
     // The certificate is for another name, and this client does not care.
     let verifier = crate::counted::Anyone::new();
