@@ -25,20 +25,45 @@ pub fn obtain() -> Result<PathBuf> {
     if place.exists() {
         return Ok(place);
     }
-    let built = static_build(&["--package", "xtask", "--bin", "tlsplice-init", "--no-default-features"])?;
+    let what = ["--package", "xtask", "--bin", "tlsplice-init", "--no-default-features"];
+    let built = static_build(Profile::Release, &what)?;
     let aside = cache::aside(&place);
     fs::copy(built.join("tlsplice-init"), &aside).context("keep the guests' first process")?;
     cache::put_in_place(&aside, &place)?;
     Ok(place)
 }
 
-/// Builds something in release mode, linked statically against glibc; gives the folder that it is in then.
-pub fn static_build(arguments: &[&str]) -> Result<PathBuf> {
-    let target = host_target()?;
+/// How something is built.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Profile {
+    /// For tests: quicker to build, with every check on.
+    Suite,
+    /// As it is shipped, and measured.
+    Release,
+}
+
+impl Profile {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Suite => "suite",
+            Self::Release => "release",
+        }
+    }
+}
+
+/// A command of cargo's for what is linked statically against glibc. All that tests and lints need is built by it, once.
+pub fn static_cargo(command: &str, profile: Profile) -> Result<Command> {
     let mut cargo = Command::new(cargo());
-    cargo.args(["build", "--release", "--target", &target]).args(arguments).current_dir(workspace());
+    cargo.args([command, "--profile", profile.name(), "--target", &host_target()?]).current_dir(workspace());
     // An outer cargo's flags are for what it builds, not for this.
     cargo.env("RUSTFLAGS", "-C target-feature=+crt-static").env_remove("CARGO_ENCODED_RUSTFLAGS");
+    Ok(cargo)
+}
+
+/// Builds something that is linked statically; gives the folder that it is in then.
+pub fn static_build(profile: Profile, arguments: &[&str]) -> Result<PathBuf> {
+    let mut cargo = static_cargo("build", profile)?;
+    cargo.args(arguments);
     let mut crates = Crates::new(format!("building {}", arguments.join(" ")));
     let mut said = Vec::new();
     let ended = process::watch(&mut cargo, BUILD_LIMIT, |line| {
@@ -51,7 +76,7 @@ pub fn static_build(arguments: &[&str]) -> Result<PathBuf> {
         Ended::Exited(status) => bail!("{}: {status}\n{}", process::shown(&cargo), said.join("\n")),
         Ended::TimedOut => bail!("{}: not done after {} s", process::shown(&cargo), BUILD_LIMIT.as_secs()),
     }
-    Ok(target_folder().join(target).join("release"))
+    Ok(target_folder().join(host_target()?).join(profile.name()))
 }
 
 /// Shows how far cargo is, by the crates that it has begun to compile; silent where there is nothing to do.

@@ -9,7 +9,7 @@
 
 mod counts;
 
-use crate::first_process::{self, cargo, target_folder, workspace};
+use crate::first_process::{self, Profile, cargo, target_folder, workspace};
 use crate::kernels::{self, Choice, Kernel};
 use crate::qemu::{Counted, Guest, GuestEnded};
 use crate::rootfs::{self, Contents};
@@ -80,16 +80,10 @@ pub fn command(options: &Options) -> Result<i32> {
     setup::make_sure(&[Group::Build, Group::Guests, Group::Peers])?;
     let found = kernels::obtain(&options.kernel)?;
     let plugin = plugin()?;
-    let built = first_process::static_build(&[
-        "--package",
-        "tlsplice",
-        "--package",
-        "tlsplice-bench",
-        "--bin",
-        "tlsplice",
-        "--bin",
-        "tlsplice-bench",
-    ])?;
+    let built = first_process::static_build(
+        Profile::Release,
+        &["--package", "tlsplice", "--package", "tlsplice-bench", "--bin", "tlsplice", "--bin", "tlsplice-bench"],
+    )?;
     let work = Workplace::new()?;
     let mut failed = false;
     let file = workspace().join("bench/results/insn.json");

@@ -5,8 +5,9 @@
 //! What it prints is an interface: `ok NAME`, `FAILED NAME`, `again NAME: WHY` for a test that failed and is run once more,
 //! and one line `SUMMARY {json}` at the end. A run without that line has failed, whatever its exit status.
 
+use crate::cache;
+use crate::first_process::{self, Profile};
 use crate::progress::{self, Colour};
-use crate::{cache, first_process};
 use anyhow::{Context, Result};
 use serde_json::Value;
 use std::ffi::OsString;
@@ -15,6 +16,9 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
+
+/// Crates with tests inside.
+pub const UNIT_TESTED: &[&str] = &["tlsplice", "tlsplice-bench", "tlsplice-tests", "xtask"];
 
 /// The two programs.
 #[derive(Clone, Debug)]
@@ -26,9 +30,10 @@ pub struct Binaries {
 impl Binaries {
     /// Builds both and copies them to a folder, where a later build does not pull them from under running tests.
     pub fn build(into: &Path) -> Result<Self> {
-        let arguments =
-            ["--package", "tlsplice", "--package", "tlsplice-tests", "--bin", "tlsplice", "--bin", "tlsplice-suite"];
-        let built = first_process::static_build(&arguments)?;
+        // With all packages whose unit tests run, so that both builds take the same features of every dependency.
+        let packages = UNIT_TESTED.iter().flat_map(|package| ["--package", package]);
+        let arguments: Vec<_> = packages.chain(["--bin", "tlsplice", "--bin", "tlsplice-suite"]).collect();
+        let built = first_process::static_build(Profile::Suite, &arguments)?;
         let copy = |name: &str| {
             let (from, to) = (built.join(name), into.join(name));
             fs::copy(&from, &to).with_context(|| format!("copy {} to {}", from.display(), to.display()))?;
@@ -135,6 +140,9 @@ pub struct Listener {
     log_path: PathBuf,
     show: fn(&str),
     report: Report,
+    /// Passed and failed, of this start of the test binary and of those before it.
+    verdicts: (u64, u64),
+    before: (u64, u64),
     summed_up: bool,
     /// All tests were asked for, so none at all is a failure.
     unfiltered: bool,
@@ -151,15 +159,30 @@ impl Listener {
         let log_path = log_path(kernel, "tests")?;
         let log = File::create(&log_path).with_context(|| format!("create {}", log_path.display()))?;
         let (kernel, report) = (kernel.to_owned(), Report::default());
-        Ok(Self { kernel, log, log_path, show, report, summed_up: false, unfiltered, started: Instant::now() })
+        Ok(Self {
+            kernel,
+            log,
+            log_path,
+            show,
+            report,
+            verdicts: (0, 0),
+            before: (0, 0),
+            summed_up: false,
+            unfiltered,
+            started: Instant::now(),
+        })
     }
 
     /// One line of output.
     pub fn take(&mut self, line: &str) {
         let _ = writeln!(self.log, "{line}");
         let colour = match line.split_once(' ') {
-            Some(("ok", _)) => Some(Colour::Green),
+            Some(("ok", _)) => {
+                self.verdicts.0 += 1;
+                Some(Colour::Green)
+            }
             Some(("FAILED", name)) => {
+                self.verdicts.1 += 1;
                 self.report.failures.push(name.to_owned());
                 Some(Colour::Red)
             }
@@ -188,10 +211,18 @@ impl Listener {
             self.report.problem = Some(format!("its summary lacks passed or failed: {json}"));
             return;
         };
-        (self.report.passed, self.report.failed) = (passed, failed);
+        (self.report.passed, self.report.failed) = (self.before.0 + passed, self.before.1 + failed);
         self.report.offloaded = number("offloaded").unwrap_or(0);
         self.report.spliced_bytes = number("spliced_bytes").unwrap_or(0);
         self.summed_up = true;
+    }
+
+    /// The test binary was broken off by something that is no fault of its own, and is to go on. Gives how many tests are done.
+    pub fn broken_off(&mut self, why: &str) -> u64 {
+        let (passed, failed) = std::mem::take(&mut self.verdicts);
+        self.before = (self.before.0 + passed, self.before.1 + failed);
+        self.report.again.push(why.to_owned());
+        self.before.0 + self.before.1
     }
 
     /// The run is over. `problem` is what the surroundings say: a panic, a time-out, an exit status.
@@ -199,7 +230,9 @@ impl Listener {
         self.report.took = self.started.elapsed();
         let problem = match exit {
             Exit::Status(0) if !self.summed_up => Some("it ended without a summary".to_owned()),
-            Exit::Status(0) if self.report.failed > 0 => Some("it exited 0 in spite of failures".to_owned()),
+            Exit::Status(0) if self.report.failed > self.before.1 => {
+                Some("it exited 0 in spite of failures".to_owned())
+            }
             Exit::Status(0) if self.unfiltered && self.report.passed == 0 => Some("it ran no test".to_owned()),
             Exit::Status(0) => None,
             Exit::Status(_) if self.summed_up && self.report.failed > 0 => None,
@@ -246,6 +279,17 @@ mod tests {
         assert_eq!((report.offloaded, report.spliced_bytes), (7, 9));
         assert_eq!(report.again, ["c: late"]);
         assert_eq!(report.problem, None);
+    }
+
+    #[test]
+    fn a_run_that_goes_on_after_a_break_has_the_sum_of_both() {
+        let mut listener = Listener::showing("self-test", true, |_| {}).unwrap();
+        ["ok a (1.0)", "FAILED b: late (2.0)", "note: c: half"].iter().for_each(|line| listener.take(line));
+        assert_eq!(listener.broken_off("the guest: it went down"), 2);
+        [r#"SUMMARY {"passed":1,"failed":0}"#].iter().for_each(|line| listener.take(line));
+        let report = listener.finish(&Exit::Status(0));
+        assert_eq!((report.passed, report.failed, report.problem), (2, 1, None));
+        assert_eq!(report.again, ["the guest: it went down"]);
     }
 
     #[test]

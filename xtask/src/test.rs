@@ -1,32 +1,29 @@
 //! The whole test command: unit tests, then one test binary on the host, in user-mode Linux and in every guest.
 //!
-//!   kernels fetched ─┐
-//!   uml built ───────┼─▶ host, user-mode Linux, guests: some at a time ─▶ a table, and `N passed, M failed, K skipped`
-//!   cargo build ─────┘
+//!   kernels fetched ─┬─▶ guests, one for each processor ─────┬─▶ a table, and `N passed, M failed, K skipped`
+//!   cargo build ─────┼─▶ beside them the host, and then ─────┘
+//!   uml built ───────┘   user-mode Linux
 //!
 //! A run that breaks is a row of the table and a failure, and the others still run.
 
+use crate::first_process::{self, Profile};
 use crate::kernels::{self, Choice, Found, Kernel};
 use crate::process::{self, Ended};
 use crate::progress;
 use crate::setup::{self, Group};
-use crate::suite::{self, Binaries, Exit, Listener, Offload, Report, Workplace};
+use crate::suite::{self, Binaries, Exit, Listener, Offload, Report, UNIT_TESTED, Workplace};
 use crate::table::{Row, conclude};
-use crate::{first_process, judges, peers, uml, uml_build, vm};
+use crate::{judges, peers, uml, uml_build, vm};
 use anyhow::{Context, Result, anyhow};
 use clap::Args;
 use std::ffi::OsString;
 use std::path::PathBuf;
-use std::process::Command;
 use std::sync::Mutex;
 use std::thread;
 use std::time::{Duration, Instant};
 
 /// What one run may take: twice what it takes on two processors that run others beside it.
 const RUN_LIMIT: Duration = Duration::from_secs(2700);
-/// Runs at once beyond one for each processor. The host's waits for clocks half of its time, user-mode Linux has one
-/// processor, a guest has two; no test asserts a time that company would spoil.
-const RUNS_BEYOND_PROCESSORS: usize = 1;
 /// Series whose runs have been clean from end to end. Another, such as a new newest, runs and is shown, failures and all,
 /// but does not fail the command: a series comes in here once it has passed, and none leaves.
 const ENFORCED_GUESTS: &[&str] = &["6.1", "6.12", "6.18", "7.2"];
@@ -46,9 +43,6 @@ pub struct Options {
     #[arg(long)]
     filter: Option<String>,
 }
-
-/// Crates with tests inside.
-const UNIT_TESTED: &[&str] = &["tlsplice", "tlsplice-bench", "tlsplice-tests", "xtask"];
 
 /// Where tests run.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -91,7 +85,9 @@ pub fn command(options: &Options) -> Result<i32> {
     let arguments: Vec<OsString> =
         options.filter.iter().flat_map(|filter| ["--filter".into(), filter.into()]).collect();
 
-    let Prepared { unit, binaries, kernels, linux } = prepare(options, &work, in_uml, &guests);
+    // The guests need not wait for it.
+    let linux = in_uml.then(|| thread::spawn(uml_build::obtain));
+    let Prepared { unit, binaries, kernels } = prepare(options, &work, &guests);
     let mut rows = vec![Row::new("unit", unit)];
     let binaries = match binaries {
         Ok(binaries) => binaries,
@@ -100,13 +96,7 @@ pub fn command(options: &Options) -> Result<i32> {
             return Ok(conclude(&rows));
         }
     };
-    let mut runs: Vec<Run<'_>> = Vec::new();
-    if host {
-        runs.push(Run::new("host", true, || on_host(&binaries, &arguments, &work)));
-    }
-    if in_uml {
-        runs.push(Run::new("uml", true, || in_user_mode(linux?, &binaries, &arguments, &work)));
-    }
+    let mut guests: Vec<Run<'_>> = Vec::new();
     let mut missing = Vec::new();
     match kernels {
         Ok(found) => {
@@ -115,12 +105,19 @@ pub fn command(options: &Options) -> Result<i32> {
                 let (binaries, arguments, work) = (&binaries, &arguments, &work);
                 Run::new(&kernel.series.clone(), enforced, move || in_guest(&kernel, binaries, arguments, work))
             };
-            runs.extend(found.kernels.into_iter().map(guest));
+            guests.extend(found.kernels.into_iter().map(guest));
             missing = found.missing;
         }
-        Err(error) => runs.push(Run::new("guests", true, || Err(error))),
+        Err(error) => guests.push(Run::new("guests", true, || Err(error))),
     }
-    rows.extend(some_at_a_time(runs));
+    let mut beside: Vec<Run<'_>> = Vec::new();
+    if host {
+        beside.push(Run::new("host", true, || on_host(&binaries, &arguments, &work)));
+    }
+    if let Some(linux) = linux {
+        beside.push(Run::new("uml", true, || in_user_mode(joined(linux.join())?, &binaries, &arguments, &work)));
+    }
+    rows.extend(perform_all(beside, guests));
     rows.extend(missing.into_iter().map(|(series, reason)| Row::declared(&series, reason)));
     Ok(conclude(&rows))
 }
@@ -137,24 +134,32 @@ impl<'a> Run<'a> {
     fn new(name: &str, enforced: bool, perform: impl FnOnce() -> Result<Report> + Send + 'a) -> Self {
         Self { name: name.to_owned(), enforced, perform: Box::new(perform) }
     }
+
+    fn perform(self) -> Row {
+        let row = Row::new(&self.name, (self.perform)());
+        if self.enforced { row } else { row.unenforced() }
+    }
 }
 
-/// All runs, begun in their order, each on a thread of its own; the rows in that order too.
-fn some_at_a_time(runs: Vec<Run<'_>>) -> Vec<Row> {
+/// Guests in their order, one for each processor at a time: with a third on two of them each takes more than half as long
+/// again, as a virtual processor waits for another that does not run. The others go on beside them, one after the other: the
+/// host waits for clocks half of its time, user-mode Linux has one processor. No test asserts a time that company would spoil.
+fn perform_all(beside: Vec<Run<'_>>, guests: Vec<Run<'_>>) -> Vec<Row> {
     let processors = thread::available_parallelism().map_or(1, usize::from);
-    let queue = Mutex::new(runs.into_iter().enumerate());
+    let count = beside.len();
+    let (beside, guests) = (Mutex::new((0..).zip(beside)), Mutex::new((count..).zip(guests)));
     let done: Mutex<Vec<(usize, Row)>> = Mutex::default();
+    let perform = |queue: &Mutex<dyn Iterator<Item = (usize, Run<'_>)> + Send>| {
+        let next = || queue.lock().expect("no holder of this lock panics").next();
+        while let Some((at, run)) = next() {
+            let row = run.perform();
+            done.lock().expect("no holder of this lock panics").push((at, row));
+        }
+    };
     thread::scope(|scope| {
-        for _ in 0..processors + RUNS_BEYOND_PROCESSORS {
-            scope.spawn(|| {
-                loop {
-                    let next = queue.lock().expect("no holder of this lock panics").next();
-                    let Some((at, run)) = next else { break };
-                    let row = Row::new(&run.name, (run.perform)());
-                    let row = if run.enforced { row } else { row.unenforced() };
-                    done.lock().expect("no holder of this lock panics").push((at, row));
-                }
-            });
+        scope.spawn(|| perform(&beside));
+        for _ in 0..processors {
+            scope.spawn(|| perform(&guests));
         }
     });
     let mut rows = done.into_inner().expect("no holder of this lock panics");
@@ -168,11 +173,10 @@ struct Prepared {
     unit: Result<Report>,
     binaries: Result<Binaries>,
     kernels: Result<Found>,
-    linux: Result<PathBuf>,
 }
 
-/// All that is fetched or built, at once: one waits for the network while the other computes.
-fn prepare(options: &Options, work: &Workplace, in_uml: bool, guests: &[Choice]) -> Prepared {
+/// What the runs need, fetched and built at once: one waits for the network while the other computes.
+fn prepare(options: &Options, work: &Workplace, guests: &[Choice]) -> Prepared {
     thread::scope(|scope| {
         let kernels = scope.spawn(|| {
             let mut all = Found::default();
@@ -183,10 +187,9 @@ fn prepare(options: &Options, work: &Workplace, in_uml: bool, guests: &[Choice])
             }
             Ok(all)
         });
-        let linux = scope.spawn(|| if in_uml { uml_build::obtain() } else { Err(anyhow!("not asked for")) });
         let binaries = work.folder("bin").and_then(|folder| Binaries::build(&folder));
         let unit = unit_tests(options.filter.as_deref());
-        Prepared { unit, binaries, kernels: joined(kernels.join()), linux: joined(linux.join()) }
+        Prepared { unit, binaries, kernels: joined(kernels.join()) }
     })
 }
 
@@ -196,10 +199,9 @@ fn joined<T>(result: thread::Result<Result<T>>) -> Result<T> {
 
 /// The tests inside the crates.
 fn unit_tests(filter: Option<&str>) -> Result<Report> {
-    let mut cargo = Command::new(first_process::cargo());
-    cargo.arg("test").args(UNIT_TESTED.iter().flat_map(|package| ["--package", package]));
-    cargo.args(["--lib", "--bin", "xtask", "--"]);
-    cargo.args(filter).current_dir(first_process::workspace());
+    let mut cargo = first_process::static_cargo("test", Profile::Suite)?;
+    cargo.args(UNIT_TESTED.iter().flat_map(|package| ["--package", package]));
+    cargo.args(["--lib", "--bin", "xtask", "--"]).args(filter);
     let started = Instant::now();
     let mut report = Report::default();
     let mut crates = first_process::Crates::new("building the unit tests");

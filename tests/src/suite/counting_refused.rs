@@ -28,6 +28,9 @@ pub fn tests(env: &Environment) -> Vec<Test> {
     tests
 }
 
+/// By its place: a shell may have one of its own by that name, which can do less.
+const SETPRIV: &str = "/usr/bin/setpriv";
+
 /// A cgroup as systemd would give a service of its own.
 struct Service(PathBuf);
 
@@ -62,7 +65,7 @@ fn counted_elsewhere(ctx: &Context) -> Result<()> {
     let service = Service::make(ctx)?;
     let truth = Arc::new(Truth::default());
     let server = Server::start(truth.clone())?;
-    let first = service.start(ctx, pins.counting(ctx, &server)?, &["setpriv"])?;
+    let first = service.start(ctx, pins.counting(ctx, &server)?, &[SETPRIV])?;
     let second = pins.counting(ctx, &server)?;
     let Err(refused) = Proxy::start(ctx, second.clone()) else { bail!("a second one took the counting away") };
     ensure!(format!("{refused:#}").contains("a metrics.pins of its own"), "{refused:#}");
@@ -92,7 +95,7 @@ fn as_the_unit(ctx: &Context) -> Result<()> {
     let (user, group) = (format!("--reuid={}", nobody.uid), format!("--regid={}", nobody.gid));
     let (inherited, ambient) = (format!("--inh-caps={KEPT}"), format!("--ambient-caps={KEPT}"));
     let bounds = format!("--bounding-set=-all,{KEPT}");
-    let by = ["setpriv", &user, &group, "--clear-groups", &inherited, &ambient, &bounds, "--no-new-privs"];
+    let by = [SETPRIV, &user, &group, "--clear-groups", &inherited, &ambient, &bounds, "--no-new-privs"];
 
     let required = settings.clone();
     settings.metrics.remove(0);
@@ -164,13 +167,13 @@ fn without_capabilities(
     let pins = Pins::mount(ctx)?;
     pins.settings(&mut settings);
     settings.metrics.remove(0);
-    let proxy = Proxy::start_as(ctx, settings, &["setpriv", "--bounding-set=-bpf,-sys_admin,-net_admin,-perfmon"])?;
+    let proxy = Proxy::start_as(ctx, settings, &[SETPRIV, "--bounding-set=-bpf,-sys_admin,-net_admin,-perfmon"])?;
     connect(config, proxy.address(0), truth, Kind::Clean, (1_000, 2_000))?;
     proxy.settled()?;
     let said = proxy.log().lines().filter(|line| line.contains("CAP_BPF")).count();
     ensure!(said == 1, "it says {said} times that CAP_BPF is missing: {}", proxy.log_tail());
     proxy.finish(ctx)?;
-    let output = Command::new("setpriv")
+    let output = Command::new(SETPRIV)
         .args(["--bounding-set=-bpf,-sys_admin,-net_admin,-perfmon", "--"])
         .arg(&ctx.environment.bin)
         .arg("doctor")

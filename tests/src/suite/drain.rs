@@ -20,7 +20,7 @@ use std::time::{Duration, Instant};
 
 pub fn tests(env: &Environment) -> Vec<Test> {
     let mut tests = Vec::new();
-    let mut add = |name, run| tests.extend(Test::one_relay(env, name, run));
+    let mut add = |name, run| tests.extend(Test::some_guests(env, name, run));
     add("a_storm_of_clients_sees_no_reset_when_it_drains", storm);
     add("a_transfer_under_way_ends_whole_while_it_drains", transfer_under_way);
     add("a_connection_that_outlives_the_drain_is_cut_at_its_deadline", deadline);

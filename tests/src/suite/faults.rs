@@ -20,7 +20,7 @@ use std::time::Instant;
 
 pub fn tests(env: &Environment) -> Vec<Test> {
     let mut tests = Vec::new();
-    let mut add = |name, run| tests.extend(Test::one_relay(env, name, run));
+    let mut add = |name, run| tests.extend(Test::some_guests(env, name, run));
     add("what_is_no_client_hello_is_refused", no_hello);
     add("a_client_hello_in_small_records_is_understood", fragmented_hello);
     add("a_fallback_in_small_records_is_refused_as_in_one", fragmented_fallback);

@@ -131,7 +131,7 @@ fn unchunk(client: &mut Talk, bytes: u64) -> Result<()> {
 
 /// The pattern's bytes are compared one by one, which is more than a hash.
 fn gibibyte(ctx: &Context, relay: Relay) -> Result<()> {
-    let bytes: u64 = ctx.environment.scale(1 << 30, 64 << 20);
+    let bytes: u64 = ctx.environment.scale(1 << 30, 16 << 20);
     let setup = setup(ctx, relay, &[0], Upstream::serve(&ctx.environment, Kind::V4, crate::http::serve)?)?;
     let mut client = connect(ctx, &setup, 0)?;
     client.send(format!("GET /bytes/{bytes} HTTP/1.1\r\nHost: a\r\n\r\n").as_bytes())?;

@@ -8,7 +8,7 @@ use anyhow::{Context as _, Result, ensure};
 
 pub fn tests(env: &Environment) -> Vec<Test> {
     let mut tests = Vec::new();
-    tests.extend(Test::one_relay(env, "http_a_hostile_upstream_is_a_502_or_a_reset", table));
+    tests.extend(Test::some_guests(env, "http_a_hostile_upstream_is_a_502_or_a_reset", table));
     tests
 }
 

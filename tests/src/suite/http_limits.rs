@@ -21,7 +21,7 @@ use std::time::{Duration, Instant};
 
 pub fn tests(env: &Environment) -> Vec<Test> {
     let mut tests = Vec::new();
-    let mut add = |name, run| tests.extend(Test::one_relay(env, name, run));
+    let mut add = |name, run| tests.extend(Test::some_guests(env, name, run));
     add("http_what_says_nothing_renews_no_timeout", trickles);
     add("http_the_end_of_a_head_gets_no_more_time", late_head);
     add("http_a_storm_of_records_that_say_nothing_is_ended", storm);

@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 
 pub fn tests(env: &Environment) -> Vec<Test> {
     let mut tests = Vec::new();
-    let mut add = |name, run| tests.extend(Test::one_relay(env, name, run));
+    let mut add = |name, run| tests.extend(Test::some_guests(env, name, run));
     add("http_a_request_and_its_response_are_written_anew", written_anew);
     add("http_pipelined_requests_are_answered_in_order_on_kept_connections", pipelined);
     add("http_a_client_that_half_closes_gets_the_whole_answer", half_close);

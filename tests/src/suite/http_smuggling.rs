@@ -13,7 +13,7 @@ use anyhow::{Context as _, Result, ensure};
 
 pub fn tests(env: &Environment) -> Vec<Test> {
     let mut tests = Vec::new();
-    tests.extend(Test::one_relay(env, "http_smuggling_is_refused_or_passed_on_in_one_meaning", table));
+    tests.extend(Test::some_guests(env, "http_smuggling_is_refused_or_passed_on_in_one_meaning", table));
     tests
 }
 

@@ -2,7 +2,7 @@
 
 use crate::client::handshake::{Offer, TLS13_AES_128};
 use crate::client::{Client, How};
-use crate::environment::{Environment, Kernel, Relay};
+use crate::environment::{Environment, Relay};
 use crate::exchange::Setup;
 use crate::pattern::Pattern;
 use crate::process::descriptor_limit;
@@ -23,16 +23,8 @@ pub fn tests(env: &Environment) -> Vec<Test> {
     tests
 }
 
-/// The 5,000 natively and on the newest guest; the others take too long to shake hands.
-fn connections(env: &Environment) -> u64 {
-    match env.kernel {
-        Kernel::Host | Kernel::Uml | Kernel::Guest("7.2") => 5_000,
-        Kernel::Guest(_) => 1_000,
-    }
-}
-
 fn idle(ctx: &Context, relay: Relay) -> Result<()> {
-    let count = connections(&ctx.environment);
+    let count = ctx.environment.scale(5_000, 400);
     let needed = 2 * count + 500;
     ensure!(descriptor_limit() >= needed, "{needed} descriptors are needed, {} allowed", descriptor_limit());
     let upstream = Upstream::manual(&ctx.environment, Kind::V4)?;

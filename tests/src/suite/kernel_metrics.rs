@@ -128,8 +128,7 @@ fn exact(ctx: &Context, relay: Relay) -> Result<()> {
     pins.settings(&mut settings);
     let proxy = Proxy::start(ctx, settings)?;
     let config = client_config(ctx)?;
-    // Emulation takes its time, and who splices makes no difference to what counts.
-    let count = ctx.environment.scale(2_000, if relay == Relay::Ring { 300 } else { 2_000 });
+    let count = ctx.environment.scale(2_000, 400);
     let (resets, refused) = (AtomicU64::new(0), AtomicU64::new(0));
     let started = Instant::now();
     storm(8, count, |n, random| {
@@ -192,10 +191,9 @@ fn exact(ctx: &Context, relay: Relay) -> Result<()> {
     proxy.finish(ctx).map(drop)
 }
 
-/// Connections that are open, with data under way, when the process is killed.
-const KILLED: u64 = 100;
-
 fn killed(ctx: &Context) -> Result<()> {
+    // Connections that come and go before and after; and those that are open, with data under way, when it is killed.
+    let (whole, cut) = ctx.environment.scale((200, 100), (80, 40));
     let pins = Pins::mount(ctx)?;
     let truth = Arc::new(Truth::default());
     let server = Server::start(truth.clone())?;
@@ -204,18 +202,18 @@ fn killed(ctx: &Context) -> Result<()> {
     pins.settings(&mut settings);
     let mut proxy = Proxy::start(ctx, settings.clone())?;
     let config = client_config(ctx)?;
-    storm(4, 200, |_, random| connect(&config, proxy.address(0), &truth, Kind::Clean, sizes(random)))?;
+    storm(4, whole, |_, random| connect(&config, proxy.address(0), &truth, Kind::Clean, sizes(random)))?;
     // User space keeps its counts once a second.
     let before = all_closed(ctx, || proxy.metrics())?;
     std::thread::sleep(Duration::from_millis(1_500));
     let open = std::thread::scope(|scope| -> Result<Metrics> {
-        for _ in 0..KILLED {
+        for _ in 0..cut {
             // Each uploads without end, until it is cut.
             scope.spawn(|| connect(&config, settings.listeners[0].address, &truth, Kind::Clean, (1 << 40, 0)));
         }
         let open = proxy.wait_for("all to be open and busy", |m| {
             let live = |side| m.sum("tlsplice_connections_live", &[("side", side)]);
-            live("client") == KILLED && live("upstream") == KILLED && figures(m, "upstream")[2] > 20_000_000
+            live("client") == cut && live("upstream") == cut && figures(m, "upstream")[2] > cut * 200_000
         });
         proxy.signal(rustix::process::Signal::KILL)?;
         proxy.wait_exit()?;
@@ -224,7 +222,7 @@ fn killed(ctx: &Context) -> Result<()> {
     let mut dead = all_closed(ctx, || pinned(ctx, &pins.folder()))?;
     for side in ["client", "upstream"] {
         let (then, now) = (figures(&open, side), figures(&dead, side));
-        ensure!(now[0] == 200 + KILLED, "{side}: {} were opened, {} are counted", 200 + KILLED, now[0]);
+        ensure!(now[0] == whole + cut, "{side}: {} were opened, {} are counted", whole + cut, now[0]);
         ensure!(now[1] >= then[1] && now[2] >= then[2], "{side}: {then:?} before the kill, {now:?} after it");
         ensure!(dead.sum("tlsplice_connections_live", &[("side", side)]) == 0, "{side}: some are still live");
     }
@@ -240,14 +238,14 @@ fn killed(ctx: &Context) -> Result<()> {
     let server = Server::start(truth.clone())?;
     settings.listeners[0].server = server.address.to_string();
     let proxy = Proxy::start(ctx, settings)?;
-    storm(4, 200, |_, random| connect(&config, proxy.address(0), &truth, Kind::Clean, sizes(random)))?;
+    storm(4, whole, |_, random| connect(&config, proxy.address(0), &truth, Kind::Clean, sizes(random)))?;
     server.check()?;
     let after = all_closed(ctx, || proxy.metrics())?;
     for (side, truth) in [("client", &truth.client), ("upstream", &truth.upstream)] {
         let rise: Vec<u64> = figures(&after, side).iter().zip(figures(&dead, side)).map(|(a, d)| a - d).collect();
         ensure!(rise == truth.figures(), "{side}: counted {rise:?} since the restart, sent {:?}", truth.figures());
     }
-    ensure!(accepted(&after) == accepted(&dead) + 200, "{} accepted, then {}", accepted(&dead), accepted(&after));
+    ensure!(accepted(&after) == accepted(&dead) + whole, "{} accepted, then {}", accepted(&dead), accepted(&after));
     ctx.note(&format!(
         "client sums (opened, in, out): {:?} when killed, {:?} dead, {:?} at the end",
         figures(&open, "client"),
@@ -278,7 +276,7 @@ fn replaced(ctx: &Context) -> Result<()> {
     // Each that starts tries what this kernel's TLS can do.
     proxy.beside_others();
     let config = client_config(ctx)?;
-    let count = ctx.environment.scale(20_000, 400);
+    let count = ctx.environment.scale(20_000, 200);
     let done = std::sync::atomic::AtomicBool::new(false);
     let programs = std::thread::scope(|scope| -> Result<u64> {
         let storm = scope.spawn(|| {
@@ -330,7 +328,7 @@ fn names(ctx: &Context) -> Result<()> {
     some(0, first)?;
     let rows = |m: &Metrics| m.count("tlsplice_tls_connections_opened_total");
     let (before, memory) = (rows(&all_closed(ctx, || proxy.metrics())?), crate::scrape::memory_kib(proxy.pid())?);
-    let count = ctx.environment.scale(99_000, 500);
+    let count = ctx.environment.scale(99_000, 300);
     some(first, count)?;
     let metrics = all_closed(ctx, || proxy.metrics())?;
     let now = crate::scrape::memory_kib(proxy.pid())?;
@@ -359,7 +357,7 @@ fn long_splice(ctx: &Context) -> Result<()> {
     let proxy = Proxy::start(ctx, settings)?;
     // Once is enough: the rest is the same in every series.
     let bytes =
-        if matches!(ctx.environment.kernel, Kernel::Guest("6.1" | "6.12" | "6.18")) { 1 << 27 } else { 1 << 30 };
+        if matches!(ctx.environment.kernel, Kernel::Guest("6.1" | "6.12" | "6.18")) { 1 << 25 } else { 1 << 28 };
     connect(&client_config(ctx)?, proxy.address(0), &truth, Kind::Clean, (0, bytes))?;
     let metrics = all_closed(ctx, || proxy.metrics())?;
     for (side, truth) in [("client", &truth.client), ("upstream", &truth.upstream)] {

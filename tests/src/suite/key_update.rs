@@ -120,8 +120,8 @@ fn framings(ctx: &Context, relay: Relay) -> Result<()> {
 
 /// More than any limit allows, as fast as it goes: the connection is ended, and costs little until it is.
 fn storm(ctx: &Context, relay: Relay) -> Result<()> {
-    /// Less than a socket buffer, so that the client's FIN is seen behind it.
-    const SENT: u64 = 2_000;
+    // Less than a socket buffer, so that the client's FIN is seen behind it.
+    let sent = ctx.environment.scale(2_000, 500);
     const CPU_LIMIT: Duration = Duration::from_secs(5);
     for asks in [false, true] {
         let setup = Setup::exchanging(ctx, relay, &[0])?;
@@ -129,7 +129,7 @@ fn storm(ctx: &Context, relay: Relay) -> Result<()> {
         let mut client = setup.client(ctx, 0, TLS13_AES_256)?;
         let before = Threads::of(setup.proxy.pid())?;
         let mut bytes = Vec::new();
-        for _ in 0..SENT {
+        for _ in 0..sent {
             client.tx.seal_key_update(&mut bytes, asks)?;
         }
         // It may be reset before all is sent.

@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 
 pub fn tests(env: &Environment) -> Vec<Test> {
     let mut tests = Vec::new();
-    let mut add = |name, run| tests.extend(Test::one_relay(env, name, run));
+    let mut add = |name, run| tests.extend(Test::some_guests(env, name, run));
     add("a_reload_opens_and_closes_listeners_and_cuts_nobody", listeners);
     add("a_reload_with_a_bad_file_keeps_what_runs", bad_file);
     add("a_reload_changes_upstreams_and_limits_for_new_connections", upstreams);

@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 pub fn tests(env: &Environment) -> Vec<Test> {
     let mut tests =
         Test::one_relay(env, "resumed_connections_lose_nothing_on_either_side_of_the_door", through_the_door);
-    tests.extend(Test::one_relay(env, "tickets_wait_for_the_first_answer_and_for_nothing_else", beside_an_answer));
+    tests.extend(Test::some_guests(env, "tickets_wait_for_the_first_answer_and_for_nothing_else", beside_an_answer));
     if !env.is_guest() {
         tests.push(Test::new(env, "a_ticket_of_one_process_is_resumed_by_another_through_rotations", fleet));
     }

@@ -40,7 +40,6 @@ enum Way {
     UpdatesUnread,
 }
 
-const READERS: usize = 250;
 const DOWN_BYTES: u64 = 200_000;
 const RECEIVE_BUFFER_BYTES: usize = 4_096;
 
@@ -53,6 +52,7 @@ pub fn small_socket(address: SocketAddr, bytes: usize) -> Result<TcpStream> {
 }
 
 fn readers(ctx: &Context, relay: Relay, way: Way) -> Result<()> {
+    let count = ctx.environment.scale(250, 100);
     let setup = Setup::exchanging(ctx, relay, &[0, 16_384])?;
     let resets = AtomicU64::new(0);
     let suites =
@@ -76,14 +76,14 @@ fn readers(ctx: &Context, relay: Relay, way: Way) -> Result<()> {
     let failures: Vec<String> = thread::scope(|scope| {
         let one = &one;
         let start = |n| thread::Builder::new().stack_size(THREAD_STACK_BYTES).spawn_scoped(scope, move || one(n));
-        let running = (0..READERS).map(start).collect::<std::io::Result<Vec<_>>>()?;
+        let running = (0..count).map(start).collect::<std::io::Result<Vec<_>>>()?;
         let ends = running.into_iter().map(|t| t.join().expect("a reader does not panic"));
         Ok::<_, anyhow::Error>(ends.filter_map(|end| end.err().map(|e| format!("{e:#}"))).collect())
     })?;
-    ensure!(failures.is_empty(), "{} of {READERS} readers; the first: {}", failures.len(), failures[0]);
-    ctx.note(&format!("{} of {READERS} saw a reset after their close_notify", resets.into_inner()));
+    ensure!(failures.is_empty(), "{} of {count} readers; the first: {}", failures.len(), failures[0]);
+    ctx.note(&format!("{} of {count} saw a reset after their close_notify", resets.into_inner()));
     let metrics = setup.finish(ctx)?;
-    let down = DOWN_BYTES * READERS as u64;
+    let down = DOWN_BYTES * count as u64;
     ensure!(metrics.moved("out") == down, "out: moved {down}, counted {}", metrics.moved("out"));
     Ok(())
 }

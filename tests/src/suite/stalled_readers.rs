@@ -79,7 +79,7 @@ struct Readers {
 }
 
 fn from_the_start(ctx: &Context, relay: Relay) -> Result<()> {
-    stalled(ctx, relay, &Readers { count: ctx.environment.scale(1_000, 500), first_bytes: 0 })
+    stalled(ctx, relay, &Readers { count: ctx.environment.scale(1_000, 200), first_bytes: 0 })
 }
 
 /// For a reader that keeps up, large pieces are read. When it stalls, no more of one is kept than of one that never read.
