@@ -11,7 +11,7 @@ mod counts;
 
 use crate::first_process::{self, Profile, cargo, target_folder, workspace};
 use crate::kernels::{self, Choice, Kernel};
-use crate::qemu::{Counted, Guest, GuestEnded};
+use crate::qemu::{Counted, Guest, GuestEnded, Processors};
 use crate::rootfs::{self, Contents};
 use crate::setup::{self, Group};
 use crate::suite::{self, Workplace};
@@ -176,6 +176,7 @@ fn count(kernel: &Kernel, built: &Path, plugin: &Path, options: &Options, work: 
         console: suite::log_path(&kernel.series, "console")?,
         memory_mib: options.memory,
         cpus: 2,
+        processors: Processors::AtOnce,
         limit: Duration::from_secs(options.timeout),
         counted: Some(Counted {
             plugin: plugin.to_owned(),

@@ -31,9 +31,20 @@ pub struct Guest {
     pub console: PathBuf,
     pub memory_mib: u32,
     pub cpus: u32,
+    pub processors: Processors,
     pub limit: Duration,
     /// Its instructions are counted, by this plugin.
     pub counted: Option<Counted>,
+}
+
+/// How the guest's processors run, unless instructions are counted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Processors {
+    /// Each on a thread of its own: for a machine that has a processor for each.
+    AtOnce,
+    /// In turns on one thread. They wait for each other a thousand times a second, for translated code to be dropped
+    /// everywhere or for a lock, and where one of two threads has no processor such a wait takes a slice of the scheduler's.
+    InTurns,
 }
 
 /// How instructions are counted: what the plugin is and where it writes its marks.
@@ -74,7 +85,11 @@ impl Guest {
             plugin.push(&counted.marks);
             qemu.arg(plugin);
         } else {
-            qemu.args(["-accel", "tcg,thread=multi", "-cpu", PROCESSOR]);
+            let accelerator = match self.processors {
+                Processors::AtOnce => "tcg,thread=multi",
+                Processors::InTurns => "tcg,thread=single",
+            };
+            qemu.args(["-accel", accelerator, "-cpu", PROCESSOR]);
         }
         qemu.args(["-smp", &self.cpus.to_string(), "-m", &self.memory_mib.to_string()]);
         qemu.args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]);

@@ -10,6 +10,7 @@ use crate::first_process::{self, Profile};
 use crate::kernels::{self, Choice, Found, Kernel};
 use crate::process::{self, Ended};
 use crate::progress;
+use crate::qemu::Processors;
 use crate::setup::{self, Group};
 use crate::suite::{self, Binaries, Exit, Listener, Offload, Report, UNIT_TESTED, Workplace};
 use crate::table::{Row, conclude};
@@ -100,10 +101,13 @@ pub fn command(options: &Options) -> Result<i32> {
     let mut missing = Vec::new();
     match kernels {
         Ok(found) => {
+            let (_, processors) = guests_at_once(found.kernels.len());
             let guest = |kernel: Kernel| {
                 let enforced = ENFORCED_GUESTS.contains(&kernel.series.as_str());
                 let (binaries, arguments, work) = (&binaries, &arguments, &work);
-                Run::new(&kernel.series.clone(), enforced, move || in_guest(&kernel, binaries, arguments, work))
+                Run::new(&kernel.series.clone(), enforced, move || {
+                    in_guest(&kernel, processors, binaries, arguments, work)
+                })
             };
             guests.extend(found.kernels.into_iter().map(guest));
             missing = found.missing;
@@ -141,11 +145,10 @@ impl<'a> Run<'a> {
     }
 }
 
-/// Guests in their order, one for each processor at a time: with a third on two of them each takes more than half as long
-/// again, as a virtual processor waits for another that does not run. The others go on beside them, one after the other: the
-/// host waits for clocks half of its time, user-mode Linux has one processor. No test asserts a time that company would spoil.
+/// Guests in their order, some at a time; the others beside them, one after the other: the host waits for clocks half of its
+/// time, user-mode Linux has one processor. No test asserts a time that company would spoil.
 fn perform_all(beside: Vec<Run<'_>>, guests: Vec<Run<'_>>) -> Vec<Row> {
-    let processors = thread::available_parallelism().map_or(1, usize::from);
+    let (at_once, _) = guests_at_once(guests.len());
     let count = beside.len();
     let (beside, guests) = (Mutex::new((0..).zip(beside)), Mutex::new((count..).zip(guests)));
     let done: Mutex<Vec<(usize, Row)>> = Mutex::default();
@@ -158,7 +161,7 @@ fn perform_all(beside: Vec<Run<'_>>, guests: Vec<Run<'_>>) -> Vec<Row> {
     };
     thread::scope(|scope| {
         scope.spawn(|| perform(&beside));
-        for _ in 0..processors {
+        for _ in 0..at_once {
             scope.spawn(|| perform(&guests));
         }
     });
@@ -272,9 +275,23 @@ fn in_user_mode(linux: PathBuf, binaries: &Binaries, arguments: &[OsString], wor
     Ok(listener.finish(&exit))
 }
 
-fn in_guest(kernel: &Kernel, binaries: &Binaries, arguments: &[OsString], work: &Workplace) -> Result<Report> {
-    let size = vm::Size { memory_mib: GUEST_MEMORY_MIB, limit: RUN_LIMIT };
+fn in_guest(
+    kernel: &Kernel,
+    processors: Processors,
+    binaries: &Binaries,
+    arguments: &[OsString],
+    work: &Workplace,
+) -> Result<Report> {
+    let size = vm::Size { memory_mib: GUEST_MEMORY_MIB, processors, limit: RUN_LIMIT };
     vm::tests(kernel, binaries, Vec::new(), arguments, &size, work)
+}
+
+/// How many guests there are at a time, one for each of the machine's processors at most; and how their own run.
+fn guests_at_once(guests: usize) -> (usize, Processors) {
+    let processors = thread::available_parallelism().map_or(1, usize::from);
+    let at_once = processors.min(guests);
+    let threads = at_once * vm::GUEST_PROCESSORS as usize;
+    (at_once, if threads <= processors { Processors::AtOnce } else { Processors::InTurns })
 }
 
 /// Variables of the caller's that are meant for the tests.

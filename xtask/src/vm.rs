@@ -1,7 +1,7 @@
 //! Runs the tests, or any command, in guests: Debian's kernels under QEMU, each started once.
 
 use crate::kernels::{self, Choice, Kernel};
-use crate::qemu::{Guest, GuestEnded};
+use crate::qemu::{Guest, GuestEnded, Processors};
 use crate::rootfs::{self, Contents};
 use crate::setup::{self, Group};
 use crate::suite::{self, Binaries, Exit, Listener, Offload, Report, Workplace};
@@ -13,6 +13,8 @@ use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+/// What each guest has.
+pub const GUEST_PROCESSORS: u32 = 2;
 /// Where a guest has the programs under test.
 const BIN: &str = "/usr/bin";
 /// What a kernel says when it meets an int3 that it does not know of. It patches its own code by them, while it starts
@@ -49,6 +51,7 @@ pub struct Options {
 #[derive(Clone, Debug)]
 pub struct Size {
     pub memory_mib: u32,
+    pub processors: Processors,
     pub limit: Duration,
 }
 
@@ -57,7 +60,8 @@ pub fn command(options: &Options) -> Result<i32> {
     setup::make_sure(&[Group::Build, Group::Guests, Group::Peers])?;
     let found = kernels::obtain(&options.kernel)?;
     let work = Workplace::new()?;
-    let size = Size { memory_mib: options.memory, limit: Duration::from_secs(options.timeout) };
+    let limit = Duration::from_secs(options.timeout);
+    let size = Size { memory_mib: options.memory, processors: Processors::AtOnce, limit };
     if options.exec {
         return execute(&found.kernels, options, &size, &work);
     }
@@ -164,7 +168,8 @@ fn guest(kernel: &Kernel, contents: &Contents, size: &Size, work: &Workplace) ->
         image,
         console: suite::log_path(&kernel.series, "console")?,
         memory_mib: size.memory_mib,
-        cpus: 2,
+        cpus: GUEST_PROCESSORS,
+        processors: size.processors,
         limit: size.limit,
         counted: None,
     })

@@ -46,7 +46,8 @@ const DOORS: [u64; 2] = [0, 16_384];
 const WARM_BYTES: u64 = 40_000;
 const BIG_BYTES: u64 = 3 << 20;
 
-/// Plays a scene on a fresh connection for each version and door; all of them must end in the same way.
+/// Plays a scene on a fresh connection for each version and door, under emulation for each version at one of the doors; all of
+/// them must end in the same way.
 fn scenes(
     ctx: &Context,
     relay: Relay,
@@ -56,8 +57,11 @@ fn scenes(
 ) -> Result<Metrics> {
     let setup = Setup::manual(ctx, relay, &DOORS)?;
     let mut played = 0;
-    for suite in suites {
+    for (turn, suite) in suites.iter().enumerate() {
         for (listener, door) in DOORS.into_iter().enumerate() {
+            if ctx.environment.is_guest() && listener != turn % DOORS.len() {
+                continue;
+            }
             let (client, stream) = setup.open(ctx, listener, *suite, WARM_BYTES)?;
             scene(ctx, client, stream).with_context(|| format!("{}, offload_after {door}", suite.name))?;
             played += 1;
