@@ -11,6 +11,7 @@ use std::fs::{self, File};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 use std::process::{Command, ExitStatus, Stdio};
+use std::thread;
 use std::time::{Duration, Instant};
 
 /// For a hundred handshakes at once and more: a guest that shares its processors with others takes longer for them than an
@@ -206,7 +207,7 @@ impl Proxy {
                 return Ok(());
             }
             ensure!(Instant::now() < deadline, "tlsplice is not ready: {}", self.log_tail());
-            std::thread::sleep(Duration::from_millis(5));
+            thread::sleep(Duration::from_millis(5));
         }
     }
 
@@ -225,6 +226,19 @@ impl Proxy {
 
     pub fn log(&self) -> String {
         fs::read_to_string(&self.log).unwrap_or_default()
+    }
+
+    /// The log once it says this: another thread writes it.
+    pub fn log_with(&self, words: &str) -> Result<String> {
+        let deadline = Instant::now() + self.environment.patience();
+        loop {
+            let log = self.log();
+            if log.contains(words) {
+                return Ok(log);
+            }
+            ensure!(Instant::now() < deadline, "the log does not say {words:?}");
+            thread::sleep(Duration::from_millis(20));
+        }
     }
 
     pub fn log_tail(&self) -> String {
@@ -260,7 +274,7 @@ impl Proxy {
                     metrics.endings()
                 );
             }
-            std::thread::sleep(pause);
+            thread::sleep(pause);
             pause = (pause * 2).min(Duration::from_millis(50));
         }
     }
@@ -307,7 +321,7 @@ impl Proxy {
                 return Ok(());
             }
             ensure!(Instant::now() < deadline, "descriptors leak: at start {:?}, now {now:?}", self.idle);
-            std::thread::sleep(Duration::from_millis(20));
+            thread::sleep(Duration::from_millis(20));
         }
     }
 

@@ -113,8 +113,8 @@ pub fn lacking() -> Option<Lack> {
     }
     let may = |c| caps::has_cap(None, caps::CapSet::Permitted, c).unwrap_or(false);
     if !(may(caps::Capability::CAP_BPF) && may(caps::Capability::CAP_NET_ADMIN)) {
-        let mend =
-            "start it as root, or with AmbientCapabilities=CAP_NET_BIND_SERVICE CAP_BPF CAP_NET_ADMIN as in the unit";
+        let mend = "start it as root, or with AmbientCapabilities=CAP_NET_BIND_SERVICE CAP_BPF CAP_NET_ADMIN CAP_PERFMON \
+                    as in the unit";
         return lack("this process has no CAP_BPF and CAP_NET_ADMIN to load the program".to_owned(), mend);
     }
     None
@@ -249,7 +249,7 @@ fn refused(step: &str, error: &dyn std::error::Error) -> String {
         cause = inner.source();
     }
     if denied {
-        said.push_str(": it takes CAP_BPF and CAP_NET_ADMIN at the start");
+        said.push_str(": it takes CAP_BPF, CAP_NET_ADMIN and, on 6.1, CAP_PERFMON at the start");
     }
     said
 }

@@ -81,7 +81,7 @@ fn counted_elsewhere(ctx: &Context) -> Result<()> {
 
 /// systemd mounts the bpf file system for root alone; what the unit does before its start is done here.
 fn as_the_unit(ctx: &Context) -> Result<()> {
-    const KEPT: &str = "+net_bind_service,+bpf,+net_admin";
+    const KEPT: &str = "+net_bind_service,+bpf,+net_admin,+perfmon";
     let pins = Pins::mount(ctx)?;
     let root = pins.folder().parent().context("the pins have no parent")?.to_owned();
     fs::set_permissions(&root, fs::Permissions::from_mode(0o700))?;

@@ -4,7 +4,7 @@ use crate::client::How;
 use crate::environment::{Environment, Relay};
 use crate::pattern::Pattern;
 use crate::run::{Context, Test};
-use crate::talk::{Talk, connect, manual, setup};
+use crate::talk::{Talk, connect, setup, setup_with};
 use crate::upstream::{Kind, Upstream};
 use anyhow::{Context as _, Result, ensure};
 use std::thread;
@@ -23,7 +23,9 @@ pub fn tests(env: &Environment) -> Vec<Test> {
 const SIZES_BYTES: [u64; 7] = [0, 1, 16_383, 16_384, 16_385, 300_000, 3_000_001];
 
 fn framings(ctx: &Context, relay: Relay) -> Result<()> {
-    let setup = manual(ctx, relay, &[0, 1, 100_000])?;
+    let upstream = Upstream::manual(&ctx.environment, Kind::V4)?;
+    // Under emulation a client may be slow to have its next body ready.
+    let setup = setup_with(ctx, relay, &[0, 1, 100_000], upstream, |s| s.http("upstream_idle = \"1m\""))?;
     for listener in 0..3 {
         let mut client = connect(ctx, &setup, listener)?;
         let mut kept = None;
@@ -131,7 +133,7 @@ fn unchunk(client: &mut Talk, bytes: u64) -> Result<()> {
 
 /// The pattern's bytes are compared one by one, which is more than a hash.
 fn gibibyte(ctx: &Context, relay: Relay) -> Result<()> {
-    let bytes: u64 = ctx.environment.scale(1 << 30, 16 << 20);
+    let bytes: u64 = ctx.environment.scale(1 << 30, 8 << 20);
     let setup = setup(ctx, relay, &[0], Upstream::serve(&ctx.environment, Kind::V4, crate::http::serve)?)?;
     let mut client = connect(ctx, &setup, 0)?;
     client.send(format!("GET /bytes/{bytes} HTTP/1.1\r\nHost: a\r\n\r\n").as_bytes())?;

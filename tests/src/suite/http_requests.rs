@@ -7,11 +7,11 @@ use crate::proxy::{Proxy, Settings, loopback};
 use crate::run::{Context, Test};
 use crate::talk::{connect, connect_with_alpn, echo, heard, heard_to_end, manual, setup, setup_with};
 use crate::upstream::{Kind, PeerEnd, Upstream};
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Result, ensure};
 use rustix::process::Signal;
 use std::io::{Read, Write};
 use std::net::TcpStream;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 pub fn tests(env: &Environment) -> Vec<Test> {
     let mut tests = Vec::new();
@@ -62,8 +62,9 @@ fn written_anew(ctx: &Context, relay: Relay) -> Result<()> {
     }
     let alpn = connect_with_alpn(ctx, &setup, &["h2", "http/1.1"])?;
     ensure!(alpn.as_deref() == Some("http/1.1"), "ALPN chose {alpn:?}");
-    let log = setup.proxy.log();
-    let line = log.lines().find(|l| l.contains("\"message\":\"request\"")).context("no request in the log")?;
+    let request = "\"message\":\"request\"";
+    let log = setup.proxy.log_with(request)?;
+    let line = log.lines().find(|line| line.contains(request)).expect("it was just there");
     let line: serde_json::Value = serde_json::from_str(line)?;
     ensure!(line["path"] == "/x" && line["status"] == 200 && line["peer"] == "127.0.0.0", "{line}");
     ensure!(!log.contains("secret") && !log.contains("\"peer\":\"127.0.0.1"), "the log tells too much: {log}");
@@ -309,12 +310,7 @@ fn ours(setup: &Setup, got: &str, status: &str) -> Result<()> {
     ensure!(got.starts_with(&format!("HTTP/1.1 {status} ")) && got.contains("\r\nConnection: close\r\n"), "{got:?}");
     ensure!(got.contains("\r\nStrict-Transport-Security: max-age=63072000"), "{got:?}");
     let id = got.rsplit("\nid ").next().unwrap_or_default().trim().to_owned();
-    let deadline = Instant::now() + Duration::from_secs(5);
-    while !setup.proxy.log().contains(&format!("\"id\":\"{id}\"")) {
-        ensure!(Instant::now() < deadline, "the log has no id {id}");
-        std::thread::sleep(Duration::from_millis(10));
-    }
-    Ok(())
+    setup.proxy.log_with(&format!("\"id\":\"{id}\"")).map(drop)
 }
 
 fn our_answers(ctx: &Context, relay: Relay) -> Result<()> {

@@ -128,7 +128,7 @@ fn exact(ctx: &Context, relay: Relay) -> Result<()> {
     pins.settings(&mut settings);
     let proxy = Proxy::start(ctx, settings)?;
     let config = client_config(ctx)?;
-    let count = ctx.environment.scale(2_000, 400);
+    let count = ctx.environment.scale(2_000, 200);
     let (resets, refused) = (AtomicU64::new(0), AtomicU64::new(0));
     let started = Instant::now();
     storm(8, count, |n, random| {
@@ -193,7 +193,7 @@ fn exact(ctx: &Context, relay: Relay) -> Result<()> {
 
 fn killed(ctx: &Context) -> Result<()> {
     // Connections that come and go before and after; and those that are open, with data under way, when it is killed.
-    let (whole, cut) = ctx.environment.scale((200, 100), (80, 40));
+    let (whole, cut) = ctx.environment.scale((200, 100), (40, 30));
     let pins = Pins::mount(ctx)?;
     let truth = Arc::new(Truth::default());
     let server = Server::start(truth.clone())?;
@@ -328,7 +328,7 @@ fn names(ctx: &Context) -> Result<()> {
     some(0, first)?;
     let rows = |m: &Metrics| m.count("tlsplice_tls_connections_opened_total");
     let (before, memory) = (rows(&all_closed(ctx, || proxy.metrics())?), crate::scrape::memory_kib(proxy.pid())?);
-    let count = ctx.environment.scale(99_000, 300);
+    let count = ctx.environment.scale(99_000, 100);
     some(first, count)?;
     let metrics = all_closed(ctx, || proxy.metrics())?;
     let now = crate::scrape::memory_kib(proxy.pid())?;

@@ -52,7 +52,7 @@ pub fn small_socket(address: SocketAddr, bytes: usize) -> Result<TcpStream> {
 }
 
 fn readers(ctx: &Context, relay: Relay, way: Way) -> Result<()> {
-    let count = ctx.environment.scale(250, 60);
+    let count = ctx.environment.scale(250, 40);
     let setup = Setup::exchanging(ctx, relay, &[0, 16_384])?;
     let resets = AtomicU64::new(0);
     let suites =

@@ -19,8 +19,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 pub fn tests(env: &Environment) -> Vec<Test> {
-    let mut tests = Test::one_relay(env, "readers_that_stall_hold_no_more_than_their_caps", from_the_start);
-    tests.extend(Test::one_relay(env, "readers_that_stall_after_much_hold_no_more_than_their_caps", after_much));
+    let mut tests = Test::some_guests(env, "readers_that_stall_hold_no_more_than_their_caps", from_the_start);
+    tests.extend(Test::some_guests(env, "readers_that_stall_after_much_hold_no_more_than_their_caps", after_much));
     for test in &mut tests {
         test.limit = Duration::from_secs(env.scale(90, 240));
     }
