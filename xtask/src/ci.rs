@@ -1,6 +1,6 @@
 //! What has to be clean beside the tests: format, lints, licences and sources of dependencies, and where `unsafe` occurs.
 
-use crate::first_process::{Profile, cargo, static_cargo, workspace};
+use crate::first_process::{cargo, workspace};
 use crate::setup::{self, Group};
 use crate::{process, progress, unsafe_places};
 use anyhow::{Result, bail};
@@ -47,11 +47,8 @@ fn cargo_run(arguments: &[&str]) -> Result<()> {
 const FUZZ_MANIFEST: &str = "tests/fuzz/Cargo.toml";
 
 fn lints() -> Result<()> {
-    let own: &[&str] = &["--workspace", "--all-targets"];
-    let fuzz = &["--manifest-path", FUZZ_MANIFEST, "--target-dir", "target"];
-    [own, fuzz].into_iter().try_for_each(|which| {
-        process::run(static_cargo("clippy", Profile::Suite)?.args(which).args(["--", "-D", "warnings"]))
-    })
+    cargo_run(&["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"])?;
+    cargo_run(&["clippy", "--manifest-path", FUZZ_MANIFEST, "--target-dir", "target", "--", "-D", "warnings"])
 }
 
 /// rustfmt colours its differences wherever they go, unless it is told not to.

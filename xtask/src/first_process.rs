@@ -51,7 +51,7 @@ impl Profile {
     }
 }
 
-/// A command of cargo's for what is linked statically against glibc. All that tests and lints need is built by it, once.
+/// A command of cargo's for what is linked statically against glibc. All that tests need is built by it, once.
 pub fn static_cargo(command: &str, profile: Profile) -> Result<Command> {
     let mut cargo = Command::new(cargo());
     cargo.args([command, "--profile", profile.name(), "--target", &host_target()?]).current_dir(workspace());

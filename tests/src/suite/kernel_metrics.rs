@@ -276,7 +276,7 @@ fn replaced(ctx: &Context) -> Result<()> {
     // Each that starts tries what this kernel's TLS can do.
     proxy.beside_others();
     let config = client_config(ctx)?;
-    let count = ctx.environment.scale(20_000, 200);
+    let count = ctx.environment.scale(20_000, 100);
     let done = std::sync::atomic::AtomicBool::new(false);
     let programs = std::thread::scope(|scope| -> Result<u64> {
         let storm = scope.spawn(|| {

@@ -23,7 +23,7 @@ use std::time::{Duration, Instant};
 
 pub fn tests(env: &Environment) -> Vec<Test> {
     let mut tests = Vec::new();
-    let mut add = |name, run| tests.extend(Test::one_relay(env, name, run));
+    let mut add = |name, run| tests.extend(Test::some_guests(env, name, run));
     add("a_connection_above_the_cap_is_refused_and_the_next_below_it_served", cap);
     add("a_client_that_does_not_finish_its_handshake_is_cut", handshake_timeout);
     add("a_client_that_leaves_without_a_byte_is_no_failed_handshake", health_check);
