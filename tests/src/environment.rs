@@ -1,6 +1,7 @@
 //! Where the tests run, and what differs there: sizes, counts and patience, and what the kernel can do.
 
 use anyhow::{Context as _, Result, bail};
+use std::ops::Range;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -124,6 +125,12 @@ impl Environment {
     /// `native` on the host and in user-mode Linux, `guest` under emulation.
     pub fn scale<T>(&self, native: T, guest: T) -> T {
         if self.is_guest() { guest } else { native }
+    }
+
+    /// Of a claim's listeners, those for its `n`th case: all natively, under emulation, where a handshake takes long, one in turn.
+    pub fn listeners(&self, n: usize, all: usize) -> Range<usize> {
+        let one = n % all;
+        self.scale(0..all, one..one + 1)
     }
 
     /// How long a socket operation may wait before its test fails.

@@ -236,7 +236,7 @@ impl Proxy {
             if log.contains(words) {
                 return Ok(log);
             }
-            ensure!(Instant::now() < deadline, "the log does not say {words:?}");
+            ensure!(Instant::now() < deadline, "the log does not say {words:?}: {}", self.log_tail());
             thread::sleep(Duration::from_millis(20));
         }
     }

@@ -11,7 +11,7 @@ mod counts;
 
 use crate::first_process::{self, Profile, cargo, target_folder, workspace};
 use crate::kernels::{self, Choice, Kernel};
-use crate::qemu::{Counted, Guest, GuestEnded, Processors};
+use crate::qemu::{Counted, Emulation, Guest, GuestEnded};
 use crate::rootfs::{self, Contents};
 use crate::setup::{self, Group};
 use crate::suite::{self, Workplace};
@@ -176,13 +176,12 @@ fn count(kernel: &Kernel, built: &Path, plugin: &Path, options: &Options, work: 
         console: suite::log_path(&kernel.series, "console")?,
         memory_mib: options.memory,
         cpus: 2,
-        processors: Processors::AtOnce,
-        limit: Duration::from_secs(options.timeout),
-        counted: Some(Counted {
+        emulation: Emulation::Counted(Counted {
             plugin: plugin.to_owned(),
             marks: marks.clone(),
             by_instructions: by_instructions(kernel),
         }),
+        limit: Duration::from_secs(options.timeout),
     };
     progress::note(&format!("[{}] counting in {}", kernel.series, kernel.version()?));
     let mut told = Vec::new();

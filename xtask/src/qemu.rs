@@ -31,20 +31,20 @@ pub struct Guest {
     pub console: PathBuf,
     pub memory_mib: u32,
     pub cpus: u32,
-    pub processors: Processors,
+    pub emulation: Emulation,
     pub limit: Duration,
-    /// Its instructions are counted, by this plugin.
-    pub counted: Option<Counted>,
 }
 
-/// How the guest's processors run, unless instructions are counted.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Processors {
+/// How its processors are emulated.
+#[derive(Clone, Debug)]
+pub enum Emulation {
     /// Each on a thread of its own: for a machine that has a processor for each.
     AtOnce,
     /// In turns on one thread. They wait for each other a thousand times a second, for translated code to be dropped
     /// everywhere or for a lock, and where one of two threads has no processor such a wait takes a slice of the scheduler's.
     InTurns,
+    /// Their instructions are counted, by a plugin.
+    Counted(Counted),
 }
 
 /// How instructions are counted: what the plugin is and where it writes its marks.
@@ -72,25 +72,22 @@ impl Guest {
     pub fn run(&self, on_line: impl FnMut(&str)) -> Result<GuestEnded> {
         let mut qemu = process::bound_to_us(PROGRAM);
         qemu.args(["-M", "q35"]);
-        if let Some(counted) = &self.counted {
-            match counted.by_instructions {
-                true => qemu.args(["-accel", "tcg,thread=single", "-icount", "shift=0,sleep=off"]),
-                false => qemu.args(["-accel", "tcg,thread=multi"]),
-            };
-            // Without ERMS the kernel copies by instructions that can be counted.
-            qemu.args(["-cpu", "max,-erms", "-plugin"]);
-            let mut plugin = std::ffi::OsString::from("file=");
-            plugin.push(&counted.plugin);
-            plugin.push(",out=");
-            plugin.push(&counted.marks);
-            qemu.arg(plugin);
-        } else {
-            let accelerator = match self.processors {
-                Processors::AtOnce => "tcg,thread=multi",
-                Processors::InTurns => "tcg,thread=single",
-            };
-            qemu.args(["-accel", accelerator, "-cpu", PROCESSOR]);
-        }
+        match &self.emulation {
+            Emulation::AtOnce => qemu.args(["-accel", "tcg,thread=multi", "-cpu", PROCESSOR]),
+            Emulation::InTurns => qemu.args(["-accel", "tcg,thread=single", "-cpu", PROCESSOR]),
+            Emulation::Counted(counted) => {
+                match counted.by_instructions {
+                    true => qemu.args(["-accel", "tcg,thread=single", "-icount", "shift=0,sleep=off"]),
+                    false => qemu.args(["-accel", "tcg,thread=multi"]),
+                };
+                let mut plugin = std::ffi::OsString::from("file=");
+                plugin.push(&counted.plugin);
+                plugin.push(",out=");
+                plugin.push(&counted.marks);
+                // Without ERMS the kernel copies by instructions that can be counted.
+                qemu.args(["-cpu", "max,-erms", "-plugin"]).arg(plugin)
+            }
+        };
         qemu.args(["-smp", &self.cpus.to_string(), "-m", &self.memory_mib.to_string()]);
         qemu.args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]);
         qemu.args(["-device", "isa-debug-exit,iobase=0xf4,iosize=0x01"]);

@@ -140,7 +140,7 @@ pub struct Listener {
     log_path: PathBuf,
     show: fn(&str),
     report: Report,
-    /// Passed and failed, of this start of the test binary and of those before it.
+    /// Passed and failed by now, and when the test binary was started last.
     verdicts: (u64, u64),
     before: (u64, u64),
     summed_up: bool,
@@ -219,8 +219,7 @@ impl Listener {
 
     /// The test binary was broken off by something that is no fault of its own, and is to go on. Gives how many tests are done.
     pub fn broken_off(&mut self, why: &str) -> u64 {
-        let (passed, failed) = std::mem::take(&mut self.verdicts);
-        self.before = (self.before.0 + passed, self.before.1 + failed);
+        self.before = self.verdicts;
         self.report.again.push(why.to_owned());
         self.before.0 + self.before.1
     }

@@ -10,7 +10,7 @@ use crate::first_process::{self, Profile};
 use crate::kernels::{self, Choice, Found, Kernel};
 use crate::process::{self, Ended};
 use crate::progress;
-use crate::qemu::Processors;
+use crate::qemu::Emulation;
 use crate::setup::{self, Group};
 use crate::suite::{self, Binaries, Exit, Listener, Offload, Report, UNIT_TESTED, Workplace};
 use crate::table::{Row, conclude};
@@ -18,6 +18,7 @@ use crate::{judges, peers, uml, uml_build, vm};
 use anyhow::{Context, Result, anyhow};
 use clap::Args;
 use std::ffi::OsString;
+use std::iter;
 use std::path::PathBuf;
 use std::sync::Mutex;
 use std::thread;
@@ -98,15 +99,18 @@ pub fn command(options: &Options) -> Result<i32> {
         }
     };
     let mut guests: Vec<Run<'_>> = Vec::new();
+    let mut at_once = 1;
     let mut missing = Vec::new();
     match kernels {
         Ok(found) => {
-            let (_, processors) = guests_at_once(found.kernels.len());
+            let emulation;
+            (at_once, emulation) = guests_at_once(found.kernels.len());
+            let size = vm::Size { memory_mib: GUEST_MEMORY_MIB, emulation, limit: RUN_LIMIT };
             let guest = |kernel: Kernel| {
                 let enforced = ENFORCED_GUESTS.contains(&kernel.series.as_str());
-                let (binaries, arguments, work) = (&binaries, &arguments, &work);
+                let (binaries, arguments, work, size) = (&binaries, &arguments, &work, size.clone());
                 Run::new(&kernel.series.clone(), enforced, move || {
-                    in_guest(&kernel, processors, binaries, arguments, work)
+                    vm::tests(&kernel, binaries, Vec::new(), arguments, &size, work)
                 })
             };
             guests.extend(found.kernels.into_iter().map(guest));
@@ -121,7 +125,7 @@ pub fn command(options: &Options) -> Result<i32> {
     if let Some(linux) = linux {
         beside.push(Run::new("uml", true, || in_user_mode(joined(linux.join())?, &binaries, &arguments, &work)));
     }
-    rows.extend(perform_all(beside, guests));
+    rows.extend(perform_all(beside, guests, at_once));
     rows.extend(missing.into_iter().map(|(series, reason)| Row::declared(&series, reason)));
     Ok(conclude(&rows))
 }
@@ -145,29 +149,20 @@ impl<'a> Run<'a> {
     }
 }
 
-/// Guests in their order, some at a time; the others beside them, one after the other: the host waits for clocks half of its
-/// time, user-mode Linux has one processor. No test asserts a time that company would spoil.
-fn perform_all(beside: Vec<Run<'_>>, guests: Vec<Run<'_>>) -> Vec<Row> {
-    let (at_once, _) = guests_at_once(guests.len());
-    let count = beside.len();
-    let (beside, guests) = (Mutex::new((0..).zip(beside)), Mutex::new((count..).zip(guests)));
-    let done: Mutex<Vec<(usize, Row)>> = Mutex::default();
-    let perform = |queue: &Mutex<dyn Iterator<Item = (usize, Run<'_>)> + Send>| {
-        let next = || queue.lock().expect("no holder of this lock panics").next();
-        while let Some((at, run)) = next() {
-            let row = run.perform();
-            done.lock().expect("no holder of this lock panics").push((at, row));
-        }
-    };
+/// Guests in their order, so many at a time; the others beside them, one after the other: the host waits for clocks half of
+/// its time, user-mode Linux has one processor. No test asserts a time that company would spoil.
+fn perform_all(beside: Vec<Run<'_>>, guests: Vec<Run<'_>>, at_once: usize) -> Vec<Row> {
+    let queue = Mutex::new(guests.into_iter().enumerate());
+    let next = || queue.lock().expect("no holder of this lock panics").next();
+    let some = || iter::from_fn(next).map(|(at, guest)| (at, guest.perform())).collect::<Vec<_>>();
     thread::scope(|scope| {
-        scope.spawn(|| perform(&beside));
-        for _ in 0..at_once {
-            scope.spawn(|| perform(&guests));
-        }
-    });
-    let mut rows = done.into_inner().expect("no holder of this lock panics");
-    rows.sort_by_key(|(at, _)| *at);
-    rows.into_iter().map(|(_, row)| row).collect()
+        let running: Vec<_> = (0..at_once).map(|_| scope.spawn(some)).collect();
+        let mut rows: Vec<Row> = beside.into_iter().map(Run::perform).collect();
+        let mut of_guests: Vec<_> = running.into_iter().flat_map(|some| some.join().expect("no run panics")).collect();
+        of_guests.sort_by_key(|(at, _)| *at);
+        rows.extend(of_guests.into_iter().map(|(_, row)| row));
+        rows
+    })
 }
 
 /// What the runs need; each part may be missing on its own.
@@ -275,23 +270,12 @@ fn in_user_mode(linux: PathBuf, binaries: &Binaries, arguments: &[OsString], wor
     Ok(listener.finish(&exit))
 }
 
-fn in_guest(
-    kernel: &Kernel,
-    processors: Processors,
-    binaries: &Binaries,
-    arguments: &[OsString],
-    work: &Workplace,
-) -> Result<Report> {
-    let size = vm::Size { memory_mib: GUEST_MEMORY_MIB, processors, limit: RUN_LIMIT };
-    vm::tests(kernel, binaries, Vec::new(), arguments, &size, work)
-}
-
 /// How many guests there are at a time, one for each of the machine's processors at most; and how their own run.
-fn guests_at_once(guests: usize) -> (usize, Processors) {
+fn guests_at_once(guests: usize) -> (usize, Emulation) {
     let processors = thread::available_parallelism().map_or(1, usize::from);
     let at_once = processors.min(guests);
     let threads = at_once * vm::GUEST_PROCESSORS as usize;
-    (at_once, if threads <= processors { Processors::AtOnce } else { Processors::InTurns })
+    (at_once, if threads <= processors { Emulation::AtOnce } else { Emulation::InTurns })
 }
 
 /// Variables of the caller's that are meant for the tests.

@@ -1,7 +1,7 @@
 //! Runs the tests, or any command, in guests: Debian's kernels under QEMU, each started once.
 
 use crate::kernels::{self, Choice, Kernel};
-use crate::qemu::{Guest, GuestEnded, Processors};
+use crate::qemu::{Emulation, Guest, GuestEnded};
 use crate::rootfs::{self, Contents};
 use crate::setup::{self, Group};
 use crate::suite::{self, Binaries, Exit, Listener, Offload, Report, Workplace};
@@ -51,7 +51,7 @@ pub struct Options {
 #[derive(Clone, Debug)]
 pub struct Size {
     pub memory_mib: u32,
-    pub processors: Processors,
+    pub emulation: Emulation,
     pub limit: Duration,
 }
 
@@ -61,7 +61,7 @@ pub fn command(options: &Options) -> Result<i32> {
     let found = kernels::obtain(&options.kernel)?;
     let work = Workplace::new()?;
     let limit = Duration::from_secs(options.timeout);
-    let size = Size { memory_mib: options.memory, processors: Processors::AtOnce, limit };
+    let size = Size { memory_mib: options.memory, emulation: Emulation::AtOnce, limit };
     if options.exec {
         return execute(&found.kernels, options, &size, &work);
     }
@@ -169,9 +169,8 @@ fn guest(kernel: &Kernel, contents: &Contents, size: &Size, work: &Workplace) ->
         console: suite::log_path(&kernel.series, "console")?,
         memory_mib: size.memory_mib,
         cpus: GUEST_PROCESSORS,
-        processors: size.processors,
+        emulation: size.emulation.clone(),
         limit: size.limit,
-        counted: None,
     })
 }
 

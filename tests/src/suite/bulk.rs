@@ -42,8 +42,8 @@ fn directions(bytes: u64) -> [(u64, u64); 3] {
 
 fn bodies_of_each_size(ctx: &Context, relay: Relay) -> Result<()> {
     let setup = Setup::exchanging(ctx, relay, &[0, 16_384])?;
-    for (turn, suite) in [TLS13_AES_256, TLS12_AES_256].into_iter().enumerate() {
-        for listener in ctx.environment.scale(0..2, turn..turn + 1) {
+    for (n, suite) in [TLS13_AES_256, TLS12_AES_256].into_iter().enumerate() {
+        for listener in ctx.environment.listeners(n, 2) {
             for (up, down) in SIZES_BYTES.into_iter().flat_map(directions) {
                 let close = if up % 2 == 0 { Close::First } else { Close::Answer };
                 setup.transfer(ctx, listener, suite, &answerable(Plan::new(up, down), close))?;

@@ -225,11 +225,7 @@ fn killed(ctx: &Context, relay: Relay) -> Result<()> {
     let ending = setup.open(ctx, 0, TLS13_AES_128, 10_000)?;
     let staying = setup.open(ctx, 0, TLS13_AES_128, 10_000)?;
     setup.proxy.signal(Signal::TERM)?;
-    let deadline = Instant::now() + ctx.environment.patience();
-    while !setup.proxy.log().contains("drains") {
-        ensure!(Instant::now() < deadline, "it does not drain: {}", setup.proxy.log_tail());
-        thread::sleep(Duration::from_millis(10));
-    }
+    setup.proxy.log_with("drains")?;
     drop(ending);
     setup.proxy.wait_for("one to end in the drain", |m| m.ended_any() == 1)?;
     // User space keeps its counts once a second.

@@ -78,7 +78,7 @@ fn cut_tls12(ctx: &Context, relay: Relay) -> Result<()> {
 
 fn cut_everywhere(ctx: &Context, relay: Relay, suite: Suite, offer: &Offer) -> Result<()> {
     let setup = Setup::exchanging(ctx, relay, &[0, 1])?;
-    // Under emulation the two relays share the offsets between them.
+    // Under emulation the default relay and the others share the offsets between them.
     let (first, step) = ctx.environment.scale((1, 1), if relay == Relay::Auto { (1, 2) } else { (2, 2) });
     for listener in 0..2 {
         if !suite.tls13 {

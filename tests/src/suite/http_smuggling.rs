@@ -258,9 +258,7 @@ fn table(ctx: &Context, relay: Relay) -> Result<()> {
     let setup = setup(ctx, relay, &[0, 1 << 20], upstream)?;
     let cases = cases();
     for (n, (verdict, request)) in cases.iter().enumerate() {
-        // Under emulation a handshake takes long: one of the two listeners then.
-        let listeners = if ctx.environment.is_guest() { n % 2..n % 2 + 1 } else { 0..2 };
-        for listener in listeners {
+        for listener in ctx.environment.listeners(n, 2) {
             one(ctx, &setup, listener, *verdict, request).with_context(|| {
                 format!("listener {listener}, to be {verdict:?}: {:?}", &request[..request.len().min(300)])
             })?;

@@ -107,9 +107,7 @@ fn v4_of_any(ctx: &Context, relay: Relay) -> Result<()> {
     let both = settings.clone();
     settings.listeners.remove(0);
     setup.proxy.reload(settings.clone())?;
-    wait(ctx, "the reload is refused", || {
-        setup.proxy.log().contains(&format!("this process has [::]:{port} without IPv4"))
-    })?;
+    setup.proxy.log_with(&format!("this process has [::]:{port} without IPv4"))?;
     setup.proxy.settings = both;
     for listener in 0..2 {
         setup.transfer(ctx, listener, TLS13_AES_128, &Plan::new(10_000, 10_000))?;

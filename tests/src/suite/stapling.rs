@@ -188,11 +188,7 @@ fn follow(ctx: &Context, responder: &Responder<'_>) -> Result<()> {
     ensure!(expired <= VALID + Duration::from_secs(5), "an expired staple was sent until {expired:?}");
     responder.index(&leaves, true)?;
     responder.is_up.store(true, Relaxed);
-    let deadline = Instant::now() + patience;
-    while !setup.proxy.log().contains("REVOKED") {
-        ensure!(Instant::now() < deadline, "nothing is said of the revocation: {}", setup.proxy.log_tail());
-        thread::sleep(Duration::from_millis(100));
-    }
+    setup.proxy.log_with("REVOKED")?;
     ensure!(
         KINDS.iter().all(|kind| status(authority, address, kind).is_ok_and(|said| !is_good(&said))),
         "stapled though revoked"
@@ -305,11 +301,7 @@ fn hanging(ctx: &Context) -> Result<()> {
     // A reload reads the files again.
     let Setup { mut proxy, .. } = setup;
     proxy.reload(proxy.settings.clone().tls("strict_sni = true"))?;
-    let deadline = Instant::now() + ctx.environment.patience();
-    while !proxy.log().contains("\"reloaded\"") {
-        ensure!(Instant::now() < deadline, "no reload: {}", proxy.log_tail());
-        thread::sleep(Duration::from_millis(10));
-    }
+    proxy.log_with("\"reloaded\"")?;
     for name in HANGING {
         let said = status_of(&authority, address, name, KINDS[0])?;
         ensure!(!is_good(&said), "{name}: a reload has taken an expired staple");
