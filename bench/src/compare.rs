@@ -212,43 +212,8 @@ pub fn show(changes: &[Change]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::machine::Machine;
-    use crate::result::{FORMAT, OURS, Round, Series, Settings};
-
-    /// Requests that cost tlsplice and a peer so many µs in each round.
-    fn run(rounds: &[(f64, f64)]) -> Run {
-        let series = |peer: &str, cost: fn(&(f64, f64)) -> f64| Series {
-            kind: Kind::Request,
-            peer: peer.into(),
-            rounds: rounds
-                .iter()
-                .map(|r| Round { units: 1000, seconds: 1.0, cpu_ns: cost(r) * 1e6, ..Round::default() })
-                .collect(),
-        };
-        Run {
-            format: FORMAT,
-            taken_at: 0,
-            machine: Machine::default(),
-            settings: Settings {
-                rounds: rounds.len(),
-                seconds: 1.0,
-                workers: 1,
-                proxy_cpus: None,
-                load_cpus: None,
-                protection: String::new(),
-                call_ns: None,
-                open_rate: None,
-                idle_connections: None,
-                upload_bytes: None,
-            },
-            versions: Vec::new(),
-            commit: String::new(),
-            series: vec![series(OURS, |r| r.0), series("nginx-stream", |r| r.1)],
-            curve: Vec::new(),
-            limit: None,
-            remarks: Vec::new(),
-        }
-    }
+    use crate::result::sample::requests as run;
+    use crate::result::{OURS, Round, Series};
 
     fn verdict(before: &[(f64, f64)], after: &[(f64, f64)]) -> Verdict {
         let changes = compare(&run(before), &run(after));

@@ -5,7 +5,7 @@
 use crate::curve::{self, Curve};
 use crate::load::Kind;
 use crate::measure;
-use crate::result::{Figure, Run, Series, aim, is_own};
+use crate::result::{Figure, Run, Series, is_own};
 use crate::statistics;
 use crate::table::number;
 use std::fmt::Write as _;
@@ -76,7 +76,7 @@ fn summary(run: &Run) -> String {
                 continue;
             };
             let value = |peer: &str| run.series(kind, peer).and_then(|s| s.median(figure)).map_or("–".into(), number);
-            let class = match aim(kind) {
+            let class = match run.aim(kind) {
                 Some(aim) if ratio >= aim => "good",
                 None if ratio >= 1.0 => "",
                 Some(_) | None => "bad",
@@ -85,7 +85,7 @@ fn summary(run: &Run) -> String {
                 rows,
                 "<tr><td>{}<td>{ours}<td class={class:?}>{ratio:.2}×<td>{}<td>{low:.2} to {high:.2}<td>{}<td>{}<td>{}<td>{}",
                 kind.name(),
-                aim(kind).map_or_else(String::new, |aim| format!("{aim:.1}×")),
+                run.aim(kind).map_or_else(String::new, |aim| format!("{aim:.1}×")),
                 value(ours),
                 value(&best.peer),
                 best.peer,

@@ -276,6 +276,21 @@ impl Run {
         let values = pairs.filter_map(|(a, b)| Some((a.figure(figure, kind)?, b.figure(figure, kind)?)));
         values.map(|(a, b)| if figure.less_is_better() { b / a } else { a / b }).collect()
     }
+
+    /// What tlsplice aims at on a machine, as a factor against the best peer; `None` where no factor was set, and in user-mode Linux.
+    pub fn aim(&self, kind: Kind) -> Option<f64> {
+        if self.settings.call_ns.is_some() {
+            return None;
+        }
+        match kind {
+            Kind::Handshake | Kind::Down => Some(1.9),
+            Kind::Request => Some(1.2),
+            Kind::Up => Some(1.5),
+            Kind::Idle => Some(5.0),
+            Kind::OpenLoop => Some(1.0),
+            Kind::Resumed | Kind::Churn | Kind::Both | Kind::Slow | Kind::Mixed | Kind::Fetch | Kind::Store => None,
+        }
+    }
 }
 
 /// Whether a name is tlsplice's in one of its settings.
@@ -283,14 +298,43 @@ pub fn is_own(peer: &str) -> bool {
     peer.starts_with(OURS)
 }
 
-/// What tlsplice aims at, as a factor against the best peer; `None` where no factor was set.
-pub fn aim(kind: Kind) -> Option<f64> {
-    match kind {
-        Kind::Handshake | Kind::Down => Some(1.9),
-        Kind::Request => Some(1.2),
-        Kind::Up => Some(1.5),
-        Kind::Idle => Some(5.0),
-        Kind::OpenLoop => Some(1.0),
-        Kind::Resumed | Kind::Churn | Kind::Both | Kind::Slow | Kind::Mixed | Kind::Fetch | Kind::Store => None,
+/// Runs for tests.
+#[cfg(test)]
+pub mod sample {
+    use super::*;
+
+    /// Requests that cost tlsplice and a peer so many µs in each round.
+    pub fn requests(rounds: &[(f64, f64)]) -> Run {
+        let series = |peer: &str, cost: fn(&(f64, f64)) -> f64| Series {
+            kind: Kind::Request,
+            peer: peer.into(),
+            rounds: rounds
+                .iter()
+                .map(|r| Round { units: 1000, seconds: 1.0, cpu_ns: cost(r) * 1e6, ..Round::default() })
+                .collect(),
+        };
+        Run {
+            format: FORMAT,
+            taken_at: 0,
+            machine: Machine::default(),
+            settings: Settings {
+                rounds: rounds.len(),
+                seconds: 1.0,
+                workers: 1,
+                proxy_cpus: None,
+                load_cpus: None,
+                protection: String::new(),
+                call_ns: None,
+                open_rate: None,
+                idle_connections: None,
+                upload_bytes: None,
+            },
+            versions: Vec::new(),
+            commit: String::new(),
+            series: vec![series(OURS, |r| r.0), series("nginx-stream", |r| r.1)],
+            curve: Vec::new(),
+            limit: None,
+            remarks: Vec::new(),
+        }
     }
 }

@@ -3,11 +3,11 @@
 use crate::curve::{self, Curve};
 use crate::load::{Kind, Unit};
 use crate::measure;
-use crate::result::{Figure, OURS, PERCENTILES, Run, Series, aim};
+use crate::result::{Figure, OURS, PERCENTILES, Run, Series};
 use crate::statistics;
 
-/// All tables.
-pub fn show(run: &Run) -> String {
+/// Where and with what it was measured.
+pub fn head(run: &Run) -> String {
     let mut text = String::new();
     let machine = &run.machine;
     text += &format!(
@@ -33,6 +33,12 @@ pub fn show(run: &Run) -> String {
     if let Some((native, here)) = run.settings.call_ns {
         text += &format!("a system call costs {here:.0} ns here, {native:.0} ns on the machine itself: taken off\n");
     }
+    text
+}
+
+/// All of it.
+pub fn show(run: &Run) -> String {
+    let mut text = head(run);
     text += &per_peer(run, "The proxy's own CPU (median)", Figure::Cpu);
     text += &per_peer(run, "Rate (median)", Figure::Rate);
     text += &memory(run);
@@ -178,7 +184,7 @@ pub fn versus_best(run: &Run) -> String {
                 continue;
             };
             let value = |peer: &str| run.series(kind, peer).and_then(|s| s.median(figure)).map_or("-".into(), number);
-            let verdict = match aim(kind) {
+            let verdict = match run.aim(kind) {
                 Some(aim) if ratio >= aim => "reached",
                 Some(_) if ratio < 1.0 => "LOSES",
                 Some(_) => "missed",
@@ -193,7 +199,7 @@ pub fn versus_best(run: &Run) -> String {
                 best.peer.clone(),
                 format!("{ratio:.2}"),
                 format!("{low:.2}..{high:.2}"),
-                aim(kind).map_or_else(String::new, |aim| format!("{aim:.1}")),
+                run.aim(kind).map_or_else(String::new, |aim| format!("{aim:.1}")),
                 verdict.into(),
             ]);
         }
@@ -229,6 +235,7 @@ fn limit(run: &Run) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::result::sample::requests;
 
     #[test]
     fn columns_are_as_wide_as_their_widest_cell() {
@@ -238,5 +245,13 @@ mod tests {
             (number(1234.5), number(12.34), number(1.234), number(0.1234)),
             ("1234".into(), "12.3".into(), "1.23".into(), "0.123".into())
         );
+    }
+    #[test]
+    fn aims_are_judged_on_machines_and_not_in_user_mode_linux() {
+        let mut run = requests(&[(15.0, 20.0), (15.1, 20.1)]);
+        assert!(versus_best(&run).contains("reached"));
+        run.settings.call_ns = Some((60.0, 900.0));
+        let shown = versus_best(&run);
+        assert!(shown.contains("1.33") && !shown.contains("reached"), "{shown}");
     }
 }
