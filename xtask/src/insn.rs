@@ -15,7 +15,7 @@ use crate::qemu::{Counted, Emulation, Guest, GuestEnded};
 use crate::rootfs::{self, Contents};
 use crate::setup::{self, Group};
 use crate::suite::{self, Workplace};
-use crate::{peers, process, progress};
+use crate::{peers, process, progress, side_by_side};
 use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
 use counts::Counts;
@@ -23,6 +23,7 @@ use std::ffi::OsString;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::Mutex;
 use std::time::Duration;
 
 /// Measured unless others are named: our ways, and the peers that relay the same.
@@ -85,36 +86,45 @@ pub fn command(options: &Options) -> Result<i32> {
         &["--package", "tlsplice", "--package", "tlsplice-bench", "--bin", "tlsplice", "--bin", "tlsplice-bench"],
     )?;
     let work = Workplace::new()?;
-    let mut failed = false;
     let file = workspace().join("bench/results/insn.json");
-    for kernel in &found.kernels {
+    // The file is read and written by one of them at a time.
+    let concluding = Mutex::new(());
+    let one = |kernel: &Kernel| -> Result<bool> {
+        let counts = count(kernel, &built, &plugin, options, &work);
+        let _alone = concluding.lock().expect("no holder of this lock panics");
+        conclude(&counts?, kernel, &file, &built, options)
+    };
+    let good = |kernel: &Kernel| {
         // What one guest came to is not lost by another that fails.
-        let counts = match count(kernel, &built, &plugin, options, &work) {
-            Ok(counts) => counts,
-            Err(error) => {
-                progress::line(&format!("[{}] failed: {error:#}", kernel.series));
-                failed = true;
-                continue;
-            }
-        };
-        if options.curve {
-            curve(&counts, &kernel.series, &built, options.record)?;
-            continue;
-        }
-        counts.show(&kernel.series);
-        if options.record {
-            counts.record(&file, &kernel.series)?;
-        }
-        if options.check && !by_instructions(kernel) {
-            progress::line(&format!(
-                "[{}] not checked: its clock goes by time, and its figures scatter",
-                kernel.series
-            ));
-        } else if options.check {
-            failed |= !counts.check(&file, &kernel.series)?;
-        }
+        one(kernel).unwrap_or_else(|error| {
+            progress::line(&format!("[{}] failed: {error:#}", kernel.series));
+            false
+        })
+    };
+    // Where the clock goes by instructions company changes nothing; where it goes by time there is none.
+    let (counted, timed): (Vec<&Kernel>, Vec<&Kernel>) =
+        found.kernels.iter().partition(|kernel| by_instructions(kernel));
+    let mut all = side_by_side::perform(counted, side_by_side::processors(), good);
+    all.extend(side_by_side::perform(timed, 1, good));
+    Ok(i32::from(!all.into_iter().all(|good| good)))
+}
+
+/// Shows what one guest came to, keeps it and judges it, as far as is asked for.
+fn conclude(counts: &Counts, kernel: &Kernel, file: &Path, built: &Path, options: &Options) -> Result<bool> {
+    if options.curve {
+        curve(counts, &kernel.series, built, options.record)?;
+        return Ok(true);
     }
-    Ok(i32::from(failed))
+    counts.show(&kernel.series);
+    if options.record {
+        counts.record(file, &kernel.series)?;
+    }
+    if options.check && !by_instructions(kernel) {
+        progress::line(&format!("[{}] not checked: its clock goes by time, and its figures scatter", kernel.series));
+    } else if options.check {
+        return counts.check(file, &kernel.series);
+    }
+    Ok(true)
 }
 
 /// Keeps the curve of one kernel beside those of others, and shows it.

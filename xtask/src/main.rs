@@ -21,6 +21,7 @@ mod qemu;
 mod request;
 mod rootfs;
 mod setup;
+mod side_by_side;
 mod suite;
 mod table;
 mod test;

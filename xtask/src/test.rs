@@ -14,13 +14,11 @@ use crate::qemu::Emulation;
 use crate::setup::{self, Group};
 use crate::suite::{self, Binaries, Exit, Listener, Offload, Report, UNIT_TESTED, Workplace};
 use crate::table::{Row, conclude};
-use crate::{judges, peers, uml, uml_build, vm};
+use crate::{judges, peers, side_by_side, uml, uml_build, vm};
 use anyhow::{Context, Result, anyhow};
 use clap::Args;
 use std::ffi::OsString;
-use std::iter;
 use std::path::PathBuf;
-use std::sync::Mutex;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -152,15 +150,10 @@ impl<'a> Run<'a> {
 /// Guests in their order, so many at a time; the others beside them, one after the other: the host waits for clocks half of
 /// its time, user-mode Linux has one processor. No test asserts a time that company would spoil.
 fn perform_all(beside: Vec<Run<'_>>, guests: Vec<Run<'_>>, at_once: usize) -> Vec<Row> {
-    let queue = Mutex::new(guests.into_iter().enumerate());
-    let next = || queue.lock().expect("no holder of this lock panics").next();
-    let some = || iter::from_fn(next).map(|(at, guest)| (at, guest.perform())).collect::<Vec<_>>();
     thread::scope(|scope| {
-        let running: Vec<_> = (0..at_once).map(|_| scope.spawn(some)).collect();
+        let in_guests = scope.spawn(|| side_by_side::perform(guests, at_once, Run::perform));
         let mut rows: Vec<Row> = beside.into_iter().map(Run::perform).collect();
-        let mut of_guests: Vec<_> = running.into_iter().flat_map(|some| some.join().expect("no run panics")).collect();
-        of_guests.sort_by_key(|(at, _)| *at);
-        rows.extend(of_guests.into_iter().map(|(_, row)| row));
+        rows.extend(in_guests.join().expect("no run panics"));
         rows
     })
 }
@@ -272,7 +265,7 @@ fn in_user_mode(linux: PathBuf, binaries: &Binaries, arguments: &[OsString], wor
 
 /// How many guests there are at a time, one for each of the machine's processors at most; and how their own run.
 fn guests_at_once(guests: usize) -> (usize, Emulation) {
-    let processors = thread::available_parallelism().map_or(1, usize::from);
+    let processors = side_by_side::processors();
     let at_once = processors.min(guests);
     let threads = at_once * vm::GUEST_PROCESSORS as usize;
     (at_once, if threads <= processors { Emulation::AtOnce } else { Emulation::InTurns })
