@@ -19,7 +19,7 @@ pub struct Costs {
 /// From which series on, and what holds there.
 type Row = ((u32, u32), Costs);
 
-/// Oldest first. What the door costs is the same 50 to 60 thousand instructions from 6.12 to 7.2, and in instructions alone no
+/// Oldest first. What the door costs is the same 45 to 80 thousand instructions from 6.12 to 7.2, and in instructions alone no
 /// series pays for it, so what a byte gains is a matter of time, which was measured on 7.2 only. The ring costs more than
 /// the worker's own thread: on 7.2 in time, on 6.12 in instructions. An upload costs less copied than spliced, as a splice
 /// takes one record and a receive a MiB of them, opened where it wants them: on 7.2 a fifth of the time. In instructions
