@@ -5,7 +5,7 @@
 use crate::curve::{self, Curve};
 use crate::load::Kind;
 use crate::measure;
-use crate::result::{Figure, Run, Series, is_own};
+use crate::result::{Figure, Run, Series, Standing, is_own};
 use crate::statistics;
 use crate::table::number;
 use std::fmt::Write as _;
@@ -67,31 +67,24 @@ fn escaped(text: &str) -> String {
 
 fn summary(run: &Run) -> String {
     let mut rows = String::new();
-    for kind in run.kinds() {
-        let figure = Figure::of(kind);
-        let Some(best) = run.best_peer(kind, figure) else { continue };
-        for ours in run.own() {
-            let ratios = run.advantage(kind, figure, ours, &best.peer);
-            let (Some(ratio), Some((low, high))) = (statistics::median(&ratios), statistics::range(&ratios)) else {
-                continue;
-            };
-            let value = |peer: &str| run.series(kind, peer).and_then(|s| s.median(figure)).map_or("–".into(), number);
-            let class = match run.aim(kind) {
-                Some(aim) if ratio >= aim => "good",
-                None if ratio >= 1.0 => "",
-                Some(_) | None => "bad",
-            };
-            let _ = write!(
-                rows,
-                "<tr><td>{}<td>{ours}<td class={class:?}>{ratio:.2}×<td>{}<td>{low:.2} to {high:.2}<td>{}<td>{}<td>{}<td>{}",
-                kind.name(),
-                run.aim(kind).map_or_else(String::new, |aim| format!("{aim:.1}×")),
-                value(ours),
-                value(&best.peer),
-                best.peer,
-                escaped(figure.unit(kind)),
-            );
-        }
+    for standing in run.standings() {
+        let Standing { factor, range: (low, high), aim, .. } = standing;
+        let class = match aim {
+            Some(aim) if factor >= aim => "good",
+            None if factor >= 1.0 => "",
+            Some(_) | None => "bad",
+        };
+        let _ = write!(
+            rows,
+            "<tr><td>{}<td>{}<td class={class:?}>{factor:.2}×<td>{}<td>{low:.2} to {high:.2}<td>{}<td>{}<td>{}<td>{}",
+            standing.kind.name(),
+            standing.ours,
+            aim.map_or_else(String::new, |aim| format!("{aim:.1}×")),
+            number(standing.cost),
+            number(standing.of_best),
+            standing.best,
+            escaped(standing.figure.unit(standing.kind)),
+        );
     }
     if rows.is_empty() {
         return String::new();

@@ -277,8 +277,35 @@ impl Run {
         values.map(|(a, b)| if figure.less_is_better() { b / a } else { a / b }).collect()
     }
 
+    /// Each of tlsplice's settings against the best peer, by kind of work.
+    pub fn standings(&self) -> Vec<Standing<'_>> {
+        let mut standings = Vec::new();
+        for kind in self.kinds() {
+            let figure = Figure::of(kind);
+            let Some(best) = self.best_peer(kind, figure) else { continue };
+            standings.extend(self.own().into_iter().filter_map(|ours| {
+                let factors = self.advantage(kind, figure, ours, &best.peer);
+                let (factor, range) = (statistics::median(&factors)?, statistics::range(&factors)?);
+                let value = |peer: &str| self.series(kind, peer)?.median(figure);
+                let (cost, of_best) = (value(ours)?, value(&best.peer)?);
+                Some(Standing {
+                    kind,
+                    figure,
+                    ours,
+                    best: &best.peer,
+                    factor,
+                    range,
+                    cost,
+                    of_best,
+                    aim: self.aim(kind),
+                })
+            }));
+        }
+        standings
+    }
+
     /// What tlsplice aims at on a machine, as a factor against the best peer; `None` where no factor was set, and in user-mode Linux.
-    pub fn aim(&self, kind: Kind) -> Option<f64> {
+    fn aim(&self, kind: Kind) -> Option<f64> {
         if self.settings.call_ns.is_some() {
             return None;
         }
@@ -291,6 +318,22 @@ impl Run {
             Kind::Resumed | Kind::Churn | Kind::Both | Kind::Slow | Kind::Mixed | Kind::Fetch | Kind::Store => None,
         }
     }
+}
+
+/// How tlsplice, in one of its settings, stands against the best peer at something.
+#[derive(Clone, Debug)]
+pub struct Standing<'a> {
+    pub kind: Kind,
+    pub figure: Figure,
+    pub ours: &'a str,
+    pub best: &'a str,
+    /// How many times better tlsplice is: the median of the rounds, with the least and the greatest.
+    pub factor: f64,
+    pub range: (f64, f64),
+    /// The figure itself, tlsplice's and the best peer's.
+    pub cost: f64,
+    pub of_best: f64,
+    pub aim: Option<f64>,
 }
 
 /// Whether a name is tlsplice's in one of its settings.

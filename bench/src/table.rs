@@ -3,7 +3,7 @@
 use crate::curve::{self, Curve};
 use crate::load::{Kind, Unit};
 use crate::measure;
-use crate::result::{Figure, OURS, PERCENTILES, Run, Series};
+use crate::result::{Figure, OURS, PERCENTILES, Run, Series, Standing};
 use crate::statistics;
 
 /// Where and with what it was measured.
@@ -175,34 +175,26 @@ fn latency(run: &Run) -> String {
 pub fn versus_best(run: &Run) -> String {
     let mut rows =
         vec![["", "", "ours", "best peer", "", "times better", "spread", "aim", ""].map(String::from).to_vec()];
-    for kind in run.kinds() {
-        let figure = Figure::of(kind);
-        let Some(best) = run.best_peer(kind, figure) else { continue };
-        for ours in run.own() {
-            let ratios = run.advantage(kind, figure, ours, &best.peer);
-            let (Some(ratio), Some((low, high))) = (statistics::median(&ratios), statistics::range(&ratios)) else {
-                continue;
-            };
-            let value = |peer: &str| run.series(kind, peer).and_then(|s| s.median(figure)).map_or("-".into(), number);
-            let verdict = match run.aim(kind) {
-                Some(aim) if ratio >= aim => "reached",
-                Some(_) if ratio < 1.0 => "LOSES",
-                Some(_) => "missed",
-                None if ratio < 1.0 => "LOSES",
-                None => "",
-            };
-            rows.push(vec![
-                kind.name().into(),
-                if ours == OURS { String::new() } else { ours.trim_start_matches("tlsplice-").into() },
-                value(ours),
-                value(&best.peer),
-                best.peer.clone(),
-                format!("{ratio:.2}"),
-                format!("{low:.2}..{high:.2}"),
-                run.aim(kind).map_or_else(String::new, |aim| format!("{aim:.1}")),
-                verdict.into(),
-            ]);
-        }
+    for standing in run.standings() {
+        let Standing { factor, range: (low, high), aim, .. } = standing;
+        let verdict = match aim {
+            Some(aim) if factor >= aim => "reached",
+            Some(_) if factor < 1.0 => "LOSES",
+            Some(_) => "missed",
+            None if factor < 1.0 => "LOSES",
+            None => "",
+        };
+        rows.push(vec![
+            standing.kind.name().into(),
+            if standing.ours == OURS { String::new() } else { standing.ours.trim_start_matches("tlsplice-").into() },
+            number(standing.cost),
+            number(standing.of_best),
+            standing.best.into(),
+            format!("{factor:.2}"),
+            format!("{low:.2}..{high:.2}"),
+            aim.map_or_else(String::new, |aim| format!("{aim:.1}")),
+            verdict.into(),
+        ]);
     }
     if rows.len() == 1 {
         return String::new();
@@ -246,6 +238,7 @@ mod tests {
             ("1234".into(), "12.3".into(), "1.23".into(), "0.123".into())
         );
     }
+
     #[test]
     fn aims_are_judged_on_machines_and_not_in_user_mode_linux() {
         let mut run = requests(&[(15.0, 20.0), (15.1, 20.1)]);

@@ -7,7 +7,7 @@
 
 use crate::process::{self, Ended};
 use crate::request::{Request, Status};
-use crate::{cache, first_process, uml_build};
+use crate::{cache, first_process, side_by_side, uml_build};
 use anyhow::{Context, Result, bail};
 use clap::Args;
 use std::ffi::OsString;
@@ -148,7 +148,7 @@ impl Machine {
             "any" => None,
             "auto" => {
                 // Commands that run at once shall not all choose the same one.
-                let count = std::thread::available_parallelism().map_or(1, usize::from);
+                let count = side_by_side::processors();
                 Some((std::process::id() as usize % count).to_string())
             }
             number => Some(number.to_owned()),

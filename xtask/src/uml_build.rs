@@ -9,7 +9,7 @@ use crate::apt::Archive;
 use crate::process::{self, Ended};
 use crate::progress::Progress;
 use crate::setup::{self, Group};
-use crate::{cache, uml_source};
+use crate::{cache, side_by_side, uml_source};
 use anyhow::{Context, Result, bail, ensure};
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -165,7 +165,7 @@ fn configure(tree: &Path) -> Result<()> {
 }
 
 fn compile(tree: &Path, series: &str) -> Result<()> {
-    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let cores = side_by_side::processors();
     let label = format!("user-mode Linux {series}: compiling (once, some minutes)");
     let mut progress = Progress::new(label, COMPILED_FILES, "files");
     let already = count_objects(tree);

@@ -23,7 +23,7 @@ type Row = ((u32, u32), Costs);
 /// series pays for it, so what a byte gains is a matter of time, which was measured on 7.2 only. The ring costs more than
 /// the worker's own thread: on 7.2 in time, on 6.12 in instructions. An upload costs less copied than spliced, as a splice
 /// takes one record and a receive a MiB of them, opened where it wants them: on 7.2 a fifth of the time. In instructions
-/// it costs 1 % less on 7.2 and 2 % more on 6.12; on 6.1, whose time is unknown, more than that.
+/// it costs 1 to 2 % less from 6.12 on. The time of 6.1 is unknown.
 const ROWS: [Row; 2] = [
     ((6, 1), Costs { offload_after_bytes: 1 << 20, splices_on_ring: false, copies_up: false }),
     ((6, 12), Costs { offload_after_bytes: 1 << 20, splices_on_ring: false, copies_up: true }),
